@@ -1,2 +1,16 @@
 "Medal-grade recipes for image-recognition competitions, as fastai objects"
 __version__ = '0.0.1'
+
+_modules = 'imet',
+_names = dict(Recipe='recipe.core', Competition='recipe.core', from_json='recipe.core', Run='recipe.folder', blend='infer.predictions',
+    Predictions='infer.predictions')
+__all__ = [*_modules, *_names]
+
+def __getattr__(name):
+    "Load a task or a name when it is first touched: `import recipes` itself imports nothing"
+    from importlib import import_module
+    if name in _modules: return import_module(f'{__name__}.{name}')
+    if name in _names: return getattr(import_module(f'{__name__}.{_names[name]}'), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}: it has {", ".join(__all__)}')
+
+def __dir__(): return [*globals(), *__all__]

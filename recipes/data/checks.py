@@ -7,13 +7,14 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.data.checks.html.m
 # %% auto #0
 __all__ = ['BadInput', 'Problem', 'Problems']
 
-# %% ../../nbs/22_recipes.data.checks.ipynb #01631765
+# %% ../../nbs/22_recipes.data.checks.ipynb #a691e29c
 import warnings
 import numpy as np, pandas as pd
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from dataclasses import dataclass
 from fastcore.basics import patch
-from .pictures import scan
+from .pictures import BadPicture, decode, scan
 
 # %% ../../nbs/22_recipes.data.checks.ipynb #b2f55bb1
 class BadInput(ValueError):
@@ -179,4 +180,29 @@ def check_pictures(self:Problems,
     self.add('no_picture', file, f'id without a picture in {folder}', ids[gone], 'put them there or drop the rows')
     why = [f'{paths[i].name}: {seen.problem.iloc[i]}' for i in np.flatnonzero(bad&~gone)]
     self.add('bad_picture', folder, 'picture unreadable', why, 'unpack them again or drop the rows')
+    return seen
+
+# %% ../../nbs/22_recipes.data.checks.ipynb #e0afb504
+def _decodes(path):
+    try: decode(path)
+    except BadPicture: return False
+    return True
+
+# %% ../../nbs/22_recipes.data.checks.ipynb #9535ede1
+@patch
+def usable(self:Problems,
+    paths:list, # One a row
+    ids:list, # Their ids, for the message
+    file:str, # Where the ids are from
+    memory:Path|None=None, # Where `scan` remembers what it saw
+    skip_bad:bool=False # Leave out what does not decode, instead of noting a problem?
+)->pd.DataFrame: # What `scan` says; rows with a `problem` are to be left out
+    "Look over the pictures of a split: problems are noted, or with `skip_bad` said"
+    if not skip_bad: return self.check_pictures(paths, ids, file, memory)
+    seen = scan(paths, memory=memory)
+    good = seen.problem.isna().to_numpy(copy=True)
+    with ThreadPoolExecutor(4) as ex: good[good] = list(ex.map(_decodes, seen.path[good]))
+    bad = np.asarray(ids, dtype=object)[~good]
+    seen.loc[~good, 'problem'] = seen.problem[~good].fillna('does not decode')
+    if len(bad): self.said.append(f'{file}: {len(bad):,} of {len(ids):,} pictures left out (first: {", ".join(bad[:3])})')
     return seen

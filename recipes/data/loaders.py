@@ -90,7 +90,7 @@ def denormalise(
     "Pixels to look at, back from what the model sees"
     return (x.float()*_stat(std, x.device)+_stat(mean, x.device)).round().clamp(0, 255).byte()
 
-# %% ../../nbs/27_recipes.data.loaders.ipynb #da14e7d8
+# %% ../../nbs/27_recipes.data.loaders.ipynb #a2705d93
 def show_pictures(
     ims:list, # Pictures, uint8, height x width x channels
     captions:list, # A text each
@@ -100,8 +100,9 @@ def show_pictures(
     "Pictures in a grid, each under its caption"
     n = len(ims)
     lines = max(str(o).count('\n') for o in captions)+1
-    fig,axs = plt.subplots(-(-n//ncols), min(n, ncols), figsize=(1.6*min(n, ncols), (1.6+.15*lines)*-(-n//ncols)),
-                           squeeze=False, layout='constrained')
+    rows,cols = -(-n//ncols),min(n, ncols)
+    figsize = 1.6*cols,(1.6+.15*lines)*rows
+    fig,axs = plt.subplots(rows, cols, figsize=figsize, squeeze=False, layout='constrained')
     for ax in axs.flat: ax.set_axis_off()
     for ax,im,cap,c in zip(axs.flat, ims, captions, colors or ['black']*n):
         ax.imshow(im.squeeze(), cmap='gray')
