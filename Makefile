@@ -9,7 +9,7 @@ export NO_ALBUMENTATIONS_UPDATE = 1
 .PHONY: demo test test-all bench docs clean notebooks style pytest pytest-all
 
 demo: .venv/.demo
-	$(BIN)/python demo.py
+	PYTHONWARNINGS=ignore $(BIN)/python demo.py
 
 test: notebooks style pytest
 
@@ -19,7 +19,7 @@ bench: .venv/.dev
 	$(BIN)/python tests/benchmarks/run.py $(DATA)
 
 docs: .venv/.docs
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python nbs/_docs.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONWARNINGS=ignore $(BIN)/python nbs/_docs.py
 
 # `.venv/` and `runs/` stay
 clean:
@@ -27,7 +27,8 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What `test` is made of; nothing is written into the home folder
-alone := PYTHONWARNINGS=ignore XDG_CACHE_HOME="$(CURDIR)/.cache" FASTAI_HOME="$(CURDIR)/.cache/fastai" IPYTHONDIR="$(CURDIR)/.cache/ipython"
+cache := $(CURDIR)/.cache
+alone := PYTHONWARNINGS=ignore XDG_CACHE_HOME="$(cache)" MPLCONFIGDIR="$(cache)" FASTAI_HOME="$(cache)/fastai" IPYTHONDIR="$(cache)/ipython"
 
 notebooks: .venv/.dev
 	$(alone) OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2

@@ -143,7 +143,7 @@ def write_table(
         w.writeheader()
         w.writerows(rows)
 
-# %% ../nbs/16_callbacks.checkpoint.ipynb #144129ee
+# %% ../nbs/16_callbacks.checkpoint.ipynb #41a9eb48
 class Checkpoint(Callback):
     "Writes `model.safetensors` (best), `history.csv` and, last of all, `last.ckpt` after each epoch"
     order,during_lr_find = 90,False   # after whatever ends an epoch
@@ -153,7 +153,7 @@ class Checkpoint(Callback):
         higher:bool=True # Is more of it better?
     ):
         store_attr()
-        self.folder,self.best,self.history,self.stage = Path(folder),None,[],0
+        self.folder,self.best,self.history,self.stage,self.fitting = Path(folder),None,[],0,False
 
     def state_dict(self):
         "The best value so far, the table and the stage of the run"
@@ -162,6 +162,14 @@ class Checkpoint(Callback):
     def load_state_dict(self, d):
         "Take up from `state_dict`"
         self.best,self.history,self.stage = d['best'],d['history'],d['stage']
+
+    def before_fit(self):
+        "fastai's `validate` begins like a fit, and then has no training"
+        self.fitting = False
+
+    def before_train(self):
+        "Now it is a fit"
+        self.fitting = True
 
     def is_best(self,
         row:dict # The epoch's line of the table
@@ -174,6 +182,7 @@ class Checkpoint(Callback):
 
     def after_epoch(self):
         "Write the three files, the one that counts last"
+        if not self.fitting: return
         row = plain(dict(zip(self.recorder.metric_names, self.recorder.log))) | dict(stage=self.stage, lr=self.recorder.lrs[-1])
         self.history.append(row)
         if self.is_best(row): save_weights(self.learn, self.folder/'model.safetensors')

@@ -27,12 +27,12 @@ def epoch_line(
     cols = [f'{n} {v:.4f}' if isinstance(v, float) else f'{n} {v}' for n,v in zip(names, values) if v is not None]
     return '  '.join([f'epoch {epoch+1}/{n_epoch}', *cols, f'{secs:.0f} s' if secs>=9.5 else f'{secs:.1f} s'])
 
-# %% ../nbs/17_callbacks.log.ipynb #a849150d
+# %% ../nbs/17_callbacks.log.ipynb #6a6b6f96
 def _hush(row): "Say nothing"
 
 class LineLog(Callback):
     "Prints one line an epoch"
-    order = ProgressCallback.order+1
+    order,during_lr_find = ProgressCallback.order+1,False
 
     def before_fit(self):
         "Keep fastai from printing the row as a list"

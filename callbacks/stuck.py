@@ -31,7 +31,7 @@ def _latest(cb):
     val = cb.recorder.values[-1][names.index(cb.monitor)]
     return float(val) if val is not None and np.isfinite(val) else None
 
-# %% ../nbs/12a_callbacks.stuck.ipynb #469610f7
+# %% ../nbs/12a_callbacks.stuck.ipynb #2c946f98
 class Plateau(Callback):
     "Divides the rate by `factor` when `plateaued`, `drops` times at most; the next plateau ends the fit"
     order,during_lr_find,monitor = 65,False,'valid_loss'
@@ -44,7 +44,7 @@ class Plateau(Callback):
 
     def before_fit(self):
         "Forget the fit before, and spread the rate over the groups"
-        self.losses,self.changes = [],[]
+        self.losses,self.changes,self.fitting = [],[],False
         self.opt.set_hyper('lr', self.base)
         self.lrs = [h['lr'] for h in self.opt.hypers]
 
@@ -53,8 +53,13 @@ class Plateau(Callback):
         if len(self.changes)>self.drops: raise CancelFitException
         self.opt.set_hyper('lr', [o/self.factor**len(self.changes) for o in self.lrs])
 
+    def before_train(self):
+        "A validation outside a fit has no training"
+        self.fitting = True
+
     def after_epoch(self):
         "Look at the validation loss"
+        if not self.fitting: return
         loss = _latest(self)
         self.losses.append(inf if loss is None else loss)
         if not plateaued(self.losses, self.changes[-1] if self.changes else 0, self.patience): return
@@ -96,7 +101,7 @@ def rebuild_opt(
     if learn.wd is not None: learn.opt.set_hypers(wd=learn.wd)
     learn.opt.set_hyper('lr', lr)
 
-# %% ../nbs/12a_callbacks.stuck.ipynb #76af7c8b
+# %% ../nbs/12a_callbacks.stuck.ipynb #e979d8e5
 class SwitchOptimizer(Callback):
     "Changes between `learn.opt_func` and `to` at epochs `at`, or after `patience` epochs without improvement"
     order,during_lr_find = 66,False
@@ -122,15 +127,20 @@ class SwitchOptimizer(Callback):
 
     def before_fit(self):
         "Begin with the Learner's own"
-        self.best,self.wait = None,0
+        self.best,self.wait,self.fitting = None,0,False
         self._use(0)
 
     def before_epoch(self):
         "Set the rate"
         self.opt.set_hyper('lr', self._lr)
 
+    def before_train(self):
+        "A validation outside a fit has no training"
+        self.fitting = True
+
     def after_epoch(self):
         "Switch if it is time"
+        if not self.fitting: return
         val = _latest(self)
         if val is not None:
             better = self.best is None or (val>self.best if self.higher else val<self.best)

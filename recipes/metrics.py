@@ -73,16 +73,17 @@ def f2_groups(
     groups = {'all':slice(None), **(groups or {})}
     return pd.DataFrame({k:row(v) for k,v in groups.items()}, index=['f2','true','decided']).T
 
-# %% ../nbs/42_recipes.metrics.ipynb #f4531b0c
+# %% ../nbs/42_recipes.metrics.ipynb #5639026f
 def f2_curve(
     y, # Truth, rows x classes, CSR or dense
     p:np.ndarray, # Rows x classes, may be a memmap
-    grid:np.ndarray=GRID, # Thresholds, increasing
+    grid:tuple=None, # Thresholds, increasing; `GRID` by default
     min_labels:int=1, # At least this many labels a row
     max_labels:int=None, # At most this many; all by default
     relative:bool=False # Divide every row by its highest value?
 )->np.ndarray: # One score a threshold
     "Mean F2 at every threshold"
+    grid = GRID if grid is None else grid
     y,total = as_labels(y, p.shape),np.zeros(len(grid))
     for s,b in blocks(p, relative):
         tp,n = at_thresholds(y[s], b, grid, min_labels, max_labels)

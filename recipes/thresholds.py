@@ -32,8 +32,8 @@ def blocks(
         if np.isnan(top).any(): raise nan_error(p)
         yield slice(i, i+len(b)), b/np.where(top>0, top, 1) if relative else b
 
-# %% ../nbs/41_recipes.thresholds.ipynb #113c73ab
-GRID = np.arange(1, 200)/200   # thresholds to try
+# %% ../nbs/41_recipes.thresholds.ipynb #e7f45464
+GRID = tuple(np.arange(1, 200)/200)   # thresholds to try
 
 def passing(
     row:np.ndarray, # Row of each value
@@ -61,16 +61,16 @@ def true_ranks(
         rank[s][tied] += ((q[tied]==v[s][tied]) & (np.arange(p.shape[1])<col[s][tied,None])).sum(1)
     return rank
 
-# %% ../nbs/41_recipes.thresholds.ipynb #3b8d8661
+# %% ../nbs/41_recipes.thresholds.ipynb #db3857fa
 def at_thresholds(
     y:csr_matrix, # Truth, bool, without stored zeros
     p:np.ndarray, # Rows x classes, a block
-    grid:np.ndarray=GRID, # Thresholds, increasing
+    grid:tuple=None, # Thresholds, increasing; `GRID` by default
     min_labels:int=1, # At least this many labels a row
     max_labels:int=None # At most this many; all by default
 )->tuple: # Right labels and labels, both rows x thresholds
     "Count the labels of every row at every threshold, and the right ones"
-    grid,c = np.asarray(grid, p.dtype),p.shape[1]
+    grid,c = np.asarray(GRID if grid is None else grid, p.dtype),p.shape[1]
     row,col = np.divmod(np.flatnonzero(p>grid[0]), c)
     n = passing(row, grid.searchsorted(p[row,col]), (len(p), len(grid)))
     n = n.clip(min(min_labels, c), c if max_labels is None else min(max_labels, c))

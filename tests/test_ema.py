@@ -1,11 +1,6 @@
 "EMA against a slow loop, with everything that decides whether a step was a step"
-import pickle
-import signal
+import pickle, pytest, signal, torch, torch.nn.functional as F
 from copy import deepcopy
-
-import pytest
-import torch
-import torch.nn.functional as F
 from callbacks.ema import EMA, call_with, ema_weights
 from callbacks.precision import Precision
 from fastai.callback.core import Callback, CancelStepException
@@ -85,7 +80,7 @@ def test_accumulated_and_skipped_batches_do_not_count():
 def test_overflow_in_fp16_does_not_count():
     class Huge(Callback):
         order = 11
-        def before_fit(self): self.precision.scaler = torch.amp.GradScaler('cpu', init_scale=2.**40); self.n = 0
+        def before_fit(self): self.precision.scaler,self.n = torch.amp.GradScaler('cpu', init_scale=2.**40),0
         def before_step(self): self.n += 1
     learn = fit(learner(EMA(), Precision('fp16'), Huge()), 8)
     assert 0<learn.huge.n<24 and learn.ema.n_steps==learn.huge.n
@@ -161,7 +156,9 @@ def test_a_signal_at_any_moment_finds_all_or_nothing():
 def test_call_with_gives_back_after_an_error():
     t = nn.Parameter(torch.zeros(2))
     where = t.data_ptr()
-    def fail(): assert t.sum()==2; raise RuntimeError
+    def fail():
+        assert t.sum()==2
+        raise RuntimeError
     with pytest.raises(RuntimeError): call_with(fail, [t], [torch.ones(2)])
     assert t.data_ptr()==where and not t.any()
 

@@ -1,12 +1,6 @@
 "Redirected output, a terminal, and the stop on NaN"
-import io
-import math
-import os
-import pickle
+import io, math, os, pickle, pytest, torch
 from contextlib import redirect_stdout
-
-import pytest
-import torch
 from callbacks.log import LineLog, epoch_line, is_watched, show_progress
 from callbacks.nan import StopOnNaN, norm_stats
 from callbacks.precision import Precision

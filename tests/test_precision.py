@@ -1,11 +1,7 @@
 "Precision against a bare PyTorch loop, under interrupts, and out of the way where it should be"
-import pickle
+import pickle, pytest, torch, torch.nn.functional as F
 from copy import deepcopy
 from functools import partial
-
-import pytest
-import torch
-import torch.nn.functional as F
 from callbacks.core import AroundForward, unwrap_forward, wrap_forward
 from callbacks.precision import Precision, _Probe, autocast_call, autocast_dtype, model_channels_last, unscale
 from fastai.callback.core import Callback
@@ -47,7 +43,9 @@ class Spy(Callback):
 
 class Interrupt(Callback):
     "Ctrl-C at one event: of the second batch of training, the first of validation"
-    def __init__(self, event, training=True): setattr(self, event, self.hit); self.when = training
+    def __init__(self, event, training=True):
+        setattr(self, event, self.hit)
+        self.when = training
     def hit(self):
         if self.training==self.when and self.iter==self.when: raise KeyboardInterrupt
 
@@ -161,7 +159,7 @@ def test_scaler_resumes():
     assert Precision('fp32').state_dict()=={}
 
 def test_nested_outputs_come_out_full():
-    def f(x): return {'a':(x.half(), [x.bfloat16()]), 'n':3, 'i':x.long()}
+    def f(x): return dict(a=(x.half(), [x.bfloat16()]), n=3, i=x.long())
     res = autocast_call(f, torch.bfloat16, 'cpu', torch.ones(2))
     assert (res['a'][0].dtype, res['a'][1][0].dtype, res['n'], res['i'].dtype)==(torch.float32, torch.float32, 3, torch.int64)
 

@@ -1,10 +1,11 @@
 "Checks on the repository as a whole: what each notebook's own lessons cannot see"
-import ast, filecmp, io, json, os, re, shutil, subprocess, sys, tokenize
+import ast, filecmp, importlib, inspect, io, json, os, re, shutil, subprocess, sys, tokenize
 from copy import deepcopy
 from pathlib import Path
 import pytest
 from fastcore.nbio import read_nb
 from nbdev.clean import clean_nb
+from nbdev.showdoc import show_doc
 
 root,pkgs = Path(__file__).parent.parent,('callbacks','recipes')
 nbs = sorted((root/'nbs').glob('*.ipynb'))
@@ -107,6 +108,14 @@ def test_functions(f):
     taken = [(o.name,a.arg) for o,c in functions(tree) if not c and not o.name.startswith('_')
         for a in o.args.args+o.args.kwonlyargs if a.arg not in ('self','cls') and '#' not in lines[a.end_lineno-1]]
     assert not taken, f'no comment beside the parameter: {taken}'
+
+@each
+def test_shown(f):
+    "The page of a module can show every one of its functions: `show_doc` fails on a default that is an array"
+    mod = importlib.import_module(name(f))
+    for o in mod.__all__:
+        o = getattr(mod, o)
+        if inspect.isfunction(o): assert show_doc(o)._repr_markdown_()
 
 # --- layers
 

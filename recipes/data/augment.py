@@ -21,10 +21,12 @@ from albumentations.augmentations.crops.transforms import BaseCrop
 from torch.utils.data import get_worker_info
 from .pictures import resized
 
-# %% ../../nbs/22_recipes.data.augment.ipynb #ea3790db
+# %% ../../nbs/22_recipes.data.augment.ipynb #4e947e14
 class Squish(alb.Resize):
     "`alb.Resize` of images by `resized`"
-    def apply(self, img, **params): return resized(img, (self.height,self.width))
+    def apply(self, img, **params):
+        "The whole picture, resized"
+        return resized(img, (self.height,self.width))
 
 # %% ../../nbs/22_recipes.data.augment.ipynb #23e8b9d9
 def squish(

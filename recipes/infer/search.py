@@ -59,7 +59,10 @@ class GroupSearch:
                 if c.max()>c[at[g]]: at[g] = int(c.argmax())   # strictly better, so it ends
         return at
 
-# %% ../../nbs/51_recipes.infer.search.ipynb #fcfd3df5
+# %% ../../nbs/51_recipes.infer.search.ipynb #d8be3b94
+def _grid(grid): return np.unique(GRID if grid is None else grid)
+
+# %% ../../nbs/51_recipes.infer.search.ipynb #e5f43cdc
 def threshold_curve(
     p:np.ndarray, # Rows x classes, may be a memmap
     y, # Truth, rows x classes, CSR or dense
@@ -67,10 +70,10 @@ def threshold_curve(
     min_labels=1, # At least this many labels a row, or a dict by group
     max_labels=None, # At most this many labels a row, or a dict by group; all by default
     relative:bool=False, # Divide every row by its highest value first?
-    grid=GRID # Thresholds to try
+    grid=None # Thresholds to try; `GRID` by default
 )->tuple: # Thresholds and scores, both arrays
     "Mean F2 of `binarise` at every threshold"
-    grid,y = np.unique(grid),as_labels(y, p.shape)
+    grid,y = _grid(grid),as_labels(y, p.shape)
     lims = limits(min_labels, max_labels, getattr(table, 'groups', None), p.shape[1])
     if len(lims)==1: return grid,f2_curve(y, p, grid, *lims[0][1:], relative)
     return grid,GroupSearch(p, y, lims, grid, relative).curve()
@@ -90,14 +93,14 @@ def plot_thresholds(
     ax.set(xlabel='threshold', ylabel='F2', title=f'{scores[i]:.4f} at {grid[i]:.3g}')
     return ax
 
-# %% ../../nbs/51_recipes.infer.search.ipynb #7fc70fc7
+# %% ../../nbs/51_recipes.infer.search.ipynb #62d5b1aa
 def best_threshold(
     p:np.ndarray, # Rows x classes, may be a memmap
     y, # Truth, rows x classes, CSR or dense
     table=None, # Whose `groups` dicts refer to
     by_group:bool=False, # One threshold a group?
     thr=None, # Not used: it is what is searched for
-    grid=GRID, # Thresholds to try
+    grid=None, # Thresholds to try; `GRID` by default
     relative:bool=False, # Divide every row by its highest value first?
     **kwargs # `min_labels` and `max_labels` of `binarise`
 )->dict: # `{'thr': ...}`, a number or a dict of numbers by group
@@ -105,7 +108,7 @@ def best_threshold(
     if not by_group:
         grid,scores = threshold_curve(p, y, table, relative=relative, grid=grid, **kwargs)
         return {'thr':float(grid[scores.argmax()])}
-    return {'thr':_by_group(p, as_labels(y, p.shape), table, np.unique(grid), relative, **kwargs)}
+    return {'thr':_by_group(p, as_labels(y, p.shape), table, _grid(grid), relative, **kwargs)}
 
 # %% ../../nbs/51_recipes.infer.search.ipynb #2774efba
 def _by_group(p, y, table, grid, relative, min_labels=1, max_labels=None):

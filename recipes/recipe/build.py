@@ -8,10 +8,9 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.build.html.
 __all__ = ['resizes', 'largest', 'pictures', 'items_of', 'split', 'dls_of', 'RecipeLearner', 'show_truth', 'model_of',
            'learner_of']
 
-# %% ../../nbs/72_recipes.recipe.build.ipynb #26face18
+# %% ../../nbs/72_recipes.recipe.build.ipynb #e2ab8191
 import numpy as np, scipy.sparse as sparse, torch
 from fastai.torch_core import default_device
-from functools import partial
 from warnings import filterwarnings
 from callbacks.checkpoint import ResumableLearner
 from callbacks.log import show_progress
@@ -25,6 +24,7 @@ from ..data.settings import setting
 from ..metrics import EpochMetric
 from ..models.backbone import norm_stats
 from ..models.heads import body_head, build, prior_bias
+from .codec import func_of
 
 # %% ../../nbs/72_recipes.recipe.build.ipynb #6007f76a
 filterwarnings('ignore', r'You are shadowing an attribute \(run\)')   # a callback's `run` is not the learner's
@@ -37,10 +37,7 @@ def resizes(
     def at(f): return tuple(max(8, round(o*f/8)*8) if f!=1 else o for o in hw(recipe.size))
     return tuple((share,at(f),*bs) for share,f,*bs in recipe.resize)
 
-# %% ../../nbs/72_recipes.recipe.build.ipynb #cb37a7b7
-def _func(f): return f.func if isinstance(f, partial) else f
-
-# %% ../../nbs/72_recipes.recipe.build.ipynb #e4583df7
+# %% ../../nbs/72_recipes.recipe.build.ipynb #41d300cd
 def largest(
     recipe # A `Recipe`
 )->tuple: # `(height, width)`
@@ -53,7 +50,7 @@ def pictures(
     recipe # A `Recipe`
 ): # Gives a picture for a row
     "Where the pictures of a frame are read from: the cache, or their files"
-    squished = all(_func(o.crop) is squish for o in recipe.steps())
+    squished = all(func_of(o.crop) is squish for o in recipe.steps())
     side = largest(recipe) if squished else None
     files = Files(list(frame.path), recipe.channels, side)
     if recipe.cache is False or recipe.channels!=3: return files

@@ -1,0 +1,56 @@
+"""The benchmarks: `python tests/benchmarks/run.py [DATA] [--only name,...] [--seeds 3] [--epochs N]`
+
+DATA is a folder that holds iMet's files in `imet`; without it the built-in sample is used.
+A name of `--only` stands for every benchmark that begins with it. `--epochs` replaces every training's number.
+"""
+import contextlib, os, sys, tempfile
+from pathlib import Path
+os.environ.setdefault('MPLBACKEND', 'Agg')
+from result import lines
+from small import importing, loading, memory, thresholds
+from training import gpu, resnet18, seresnext50
+
+BENCHMARKS = {'import':importing, 'loader':loading, 'memory':memory, 'thresholds':thresholds,
+    'train-resnet18':resnet18, 'train-seresnext50':seresnext50, 'gpu-resnet50':gpu}
+
+def options(argv):
+    "The folder, the names, and the numbers of seeds and epochs"
+    given,data = dict(only='', seeds='', epochs=''),None
+    todo = list(argv)
+    while todo:
+        o = todo.pop(0)
+        if not o.startswith('--'): data = Path(o).resolve()
+        elif o[2:] in given and todo: given[o[2:]] = todo.pop(0)
+        else: sys.exit(__doc__)
+    only = tuple(given['only'].split(','))
+    return data,[o for o in BENCHMARKS if o.startswith(only)],*(int(given[o] or 0) for o in ('seeds','epochs'))
+
+def imet_folder(data):
+    "Where the pictures are"
+    from recipes import imet
+    if data is None: return imet.competition.sample(1000)
+    if not (data/'imet'/'train.csv').exists(): sys.exit(f'{data} holds no imet/train.csv: give the folder that holds imet/')
+    return data/'imet'
+
+@contextlib.contextmanager
+def own_folder():
+    "A working folder whose settings send runs and caches into it"
+    with tempfile.TemporaryDirectory(prefix='bench-') as d, contextlib.chdir(d):
+        Path('settings.ini').write_text('[DEFAULT]\nruns = runs\ncache = cache\n')
+        yield
+
+def main(argv):
+    "Run what is asked for; the exit status says whether every bar was met"
+    data,names,seeds,epochs = options(argv)
+    rows = []
+    with own_folder():
+        path = imet_folder(data)
+        for name in names:
+            print(f'--- {name}', flush=True)
+            new = BENCHMARKS[name](path, seeds, epochs)
+            rows += new
+            print('\n'.join(lines(new)), flush=True)
+    print('', *lines(rows), sep='\n')
+    return any(o.met=='NO' for o in rows)
+
+if __name__=='__main__': sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,165 @@
+"Training against plain fastai, and against a bare PyTorch loop on data already in memory"
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import mean, median
+from time import perf_counter
+from typing import NamedTuple
+import pandas as pd, torch
+from callbacks.precision import autocast_dtype, channels_last, model_channels_last
+from fastai.callback.core import Callback
+from fastai.learner import defaults
+from fastai.torch_core import default_device, set_seed
+from plain import fit_plain, faster, plain_learner, plain_score
+from recipes import imet
+from recipes.infer.tta import as_is
+from recipes.recipe.build import model_of, split
+from result import Row
+
+class Setup(NamedTuple):
+    "What both sides have in common"
+    arch:str # A timm name
+    size:int # Side, pixels
+    bs:int # Pictures in a batch
+    epochs:int # Times through the data
+    seeds:int # How often
+    bar:float # How many times as many images/s as plain fastai
+    lr:float=None # Learning rate; looked for by both where None
+
+class Done(NamedTuple):
+    "What a training gave"
+    rate:float # Images/s of the training epochs
+    secs:float # From the table to predictions of the held-out rows
+    f2:float # Of these, thresholds found on one half and used on the other
+
+def _synced():
+    if torch.cuda.is_available(): torch.cuda.synchronize()
+    return perf_counter()
+
+class Clock(Callback):
+    "Pictures and seconds of the training epochs of the last fit"
+    order = -100
+    def before_fit(self): self.epochs = []
+    def before_train(self): self.n,self.began = 0,_synced()
+    def after_batch(self): self.n += len(self.learn.xb[0])*self.training
+    def after_train(self): self.epochs.append((self.n,_synced()-self.began))
+
+    @property
+    def rate(self):
+        "Images/s; the first epoch warms up"
+        n,secs = map(sum, zip(*(self.epochs[1:] or self.epochs)))
+        return n/secs
+
+@contextmanager
+def clocked():
+    "Every `Learner` made in here runs this clock"
+    clock,before = Clock(),defaults.callbacks
+    defaults.callbacks = [*before, clock]
+    try: yield clock
+    finally: defaults.callbacks = before
+
+def recipe_of(setup, seed):
+    "Our side as a recipe"
+    kw = dict(arch=setup.arch, size=setup.size, bs=setup.bs, epochs=setup.epochs, seed=seed, lr=setup.lr or 'find')
+    return imet.house.but(pretrained=False, resize=(), tta=(as_is,), **kw)
+
+def ours(path, setup, seed):
+    "Our training"
+    with clocked() as clock:
+        began = perf_counter()
+        learn = imet.train(path, recipe=recipe_of(setup, seed))
+        done = Done(clock.rate, perf_counter()-began, learn.run.valid.score())
+    shutil.rmtree(learn.run.path.parent)
+    return done
+
+def plain(table, setup, seed, workers):
+    "Plain fastai's training, on the same rows"
+    recipe = recipe_of(setup, seed)
+    with clocked() as clock:
+        began = perf_counter()
+        set_seed(seed)
+        learn = plain_learner(table, split(recipe, table, 0)[1], setup, workers)
+        fit_plain(learn, setup)
+        p = learn.get_preds(dl=learn.dls.valid)[0].numpy()
+        secs = perf_counter()-began
+    return Done(clock.rate, secs, plain_score(p, learn, recipe, table))
+
+def bare_step(table, setup):
+    "One step of a bare loop, as a function"
+    device = default_device()
+    dtype,model = autocast_dtype('auto', device),model_of(recipe_of(setup, 0), table).to(device).train()
+    model_channels_last(model)
+    opt = torch.optim.AdamW(model.parameters(), fused=True)
+    x = channels_last(torch.randn(setup.bs, 3, setup.size, setup.size, device=device))
+    y = (torch.rand(setup.bs, len(table.vocab), device=device)<.01).float()
+    def step():
+        with torch.autocast(device.type, dtype, enabled=dtype!=torch.float32): raw = model(x)
+        torch.nn.functional.binary_cross_entropy_with_logits(raw.float(), y).backward()
+        opt.step()
+        opt.zero_grad()
+    return step
+
+def bare(table, setup, secs=5):
+    "Images/s of forward, loss, backward and step on a batch in memory"
+    step,n = bare_step(table, setup),0
+    for _ in range(5): step()
+    began = _synced()
+    while perf_counter()-began<secs:
+        for _ in range(5): step()
+        n += 5*setup.bs
+        _synced()   # a GPU would be handed steps far ahead of doing them
+    return n/(_synced()-began)
+
+def compare(path, setup, f2=True):
+    "All sides in turn, a seed after another"
+    table = imet.table(path)
+    with clocked() as clock: workers = faster(table, split(recipe_of(setup, 0), table, 0)[1], setup, clock)
+    done = []
+    for seed in range(setup.seeds):
+        done.append((ours(path, setup, seed), plain(table, setup, seed, workers), bare(table, setup)))
+        a,b,loop = done[-1]
+        print(f'seed {seed}: ours {a.rate:.0f} images/s, {a.secs:.0f} s, F2 {a.f2:.4f}; plain {b.rate:.0f} images/s, '
+            f'{b.secs:.0f} s, F2 {b.f2:.4f}; bare loop {loop:.0f} images/s', flush=True)
+    return rows_of(setup, *zip(*done), f'{workers} workers', f2)
+
+def rows_of(setup, a, b, loop, workers, f2):
+    "What three lists of results say"
+    name = f'{setup.arch} {setup.size} px, batch {setup.bs}'
+    def of(field, both, f=median): return f(getattr(o, field) for o in both)
+    faster = median(o.rate/p.rate for o,p in zip(a, b))
+    share = median(o.rate/p for o,p in zip(a, loop))
+    quicker = median(p.secs/o.secs for o,p in zip(a, b))
+    rows = [Row(f'{name}: training images/s (other: fastai, {workers})', of('rate', a), of('rate', b), faster, f'>={setup.bar}'),
+        Row(f'{name}: training images/s (other: bare loop)', of('rate', a), median(loop), share),
+        Row(f'{name}: whole fit, s (other: fastai)', of('secs', a), of('secs', b), quicker)]
+    if not f2: return rows
+    x,y = of('f2', a, mean),of('f2', b, mean)
+    return [*rows, Row(f'{name}: F2, mean of {len(a)} seeds, {setup.epochs} epochs (other: fastai)', x, y, x/y, '>=1')]
+
+def _with(setup, seeds, epochs): return setup._replace(seeds=seeds or setup.seeds, epochs=epochs or setup.epochs)
+
+def resnet18(path, seeds=0, epochs=0):
+    "A small network on small pictures, where the loader decides"
+    return compare(path, _with(Setup('resnet18', 64, 64, 8, 3, 2.), seeds, epochs))
+
+def seresnext50(path, seeds=0, epochs=0):
+    "The house network; one seed, unless told otherwise, as it is slow"
+    return compare(path, _with(Setup('seresnext50_32x4d', 128, 32, 4, 1, 1.6), seeds, epochs))
+
+def repeated(path, to, times=20):
+    "iMet's files with every training picture `times` times, as links"
+    path,to = Path(path),Path(to)
+    (to/'train').mkdir(parents=True)
+    (to/'test').symlink_to(path/'test')
+    for o in ('labels.csv','sample_submission.csv'): shutil.copy(path/o, to)
+    df = pd.read_csv(path/'train.csv', dtype=str)
+    for id in df.id:
+        for i in range(times): (to/'train'/f'{id}r{i}.png').symlink_to(path/'train'/f'{id}.png')
+    pd.concat([df.assign(id=df.id+f'r{i}') for i in range(times)]).to_csv(to/'train.csv', index=False)
+    return to
+
+def gpu(path, seeds=0, epochs=0):
+    "A GPU kept busy: 224 pixels, rows repeated; F2 says nothing, as copies are on both sides of the split"
+    if not torch.cuda.is_available(): return print('no GPU: left out') or []
+    big = repeated(path, 'repeated')
+    return compare(big, _with(Setup('resnet50', 224, 128, 3, 1, 1.3, 1e-3), seeds, epochs), f2=False)
