@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from .ema import ema_weights
 
-# %% ../nbs/16_callbacks.checkpoint.ipynb #3d2c2d0e
+# %% ../nbs/16_callbacks.checkpoint.ipynb #29b38911
 def write_whole(
     path, # The file to write
     write # Writes the file it is given
@@ -28,7 +28,10 @@ def write_whole(
     "Write beside `path`, then rename: a kill leaves the old file or the new one, never half of one"
     path = Path(path)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}')
-    write(tmp)
+    try: write(tmp)
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
     os.replace(tmp, path)
     return path
 
@@ -84,14 +87,14 @@ def _set_recorder(rec, state):
     for o in _lists: setattr(rec, o, state[o].tolist())
     rec.iters = [int(o) for o in rec.iters]
 
-# %% ../nbs/16_callbacks.checkpoint.ipynb #7ca00809
+# %% ../nbs/16_callbacks.checkpoint.ipynb #cfe558a2
 def fit_state(
     learn:Learner # In the middle of a fit, at the end of an epoch
 )->dict: # What `set_fit_state` needs to go on as if nothing had happened
     "Everything the rest of a fit depends on"
     return plain(dict(model=learn.model.state_dict(), opt=learn.opt.state_dict(), epoch=learn.epoch+1,
         train_iter=learn.train_iter, recorder=_recorder(learn.recorder), rng=rng_state(learn.dls),
-        cbs={cb.name:cb.state_dict() for cb in learn.cbs if hasattr(cb, 'state_dict')}))
+        cbs={cb.name:cb.state_dict() for cb in learn.cbs if hasattr(type(cb), 'state_dict')}))   # not the instance: it finds the model's
 
 # %% ../nbs/16_callbacks.checkpoint.ipynb #678776c5
 def set_fit_state(

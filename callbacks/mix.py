@@ -47,17 +47,21 @@ def cutmix(
     x[...,y1:y2,x1:x2] = x[...,y1:y2,x1:x2][shuffle]
     return x, 1-(y2-y1)*(x2-x1)/(h*w)
 
-# %% ../nbs/10_callbacks.mix.ipynb #6711dce9
+# %% ../nbs/10_callbacks.mix.ipynb #da824b12
+def _shares(ways):
+    ps = [p for *_,p in ways]
+    if min(ps, default=0)>=0 and sum(ps)<=1+1e-6: return ps
+    raise ValueError(f'the shares of batches to mix must be 0 or more and sum to 1 at most, not {ps}')
+
+# %% ../nbs/10_callbacks.mix.ipynb #e6f097b7
 def choose(
     ways:tuple # `(function,alpha,p)` each
 )->tuple: # One of them, or None
     "Draw one of `ways` by its `p`, None for what they leave over"
-    ps = [p for *_,p in ways]
-    if min(ps, default=0)<0 or sum(ps)>1+1e-6:
-        raise ValueError(f'the shares of batches to mix must be 0 or more and sum to 1 at most, not {ps}')
+    ps = _shares(ways)
     return random.choices([*ways, None], [*ps, max(1-sum(ps), 0)])[0]
 
-# %% ../nbs/10_callbacks.mix.ipynb #676f63c3
+# %% ../nbs/10_callbacks.mix.ipynb #1570889d
 class Mix(Callback):
     "Trains on batches mixed by one of `ways`, with the loss mixed the same way"
     order,run_valid = 5,False   # after resizing, before `GradientAccumulation` scales the loss
@@ -65,7 +69,7 @@ class Mix(Callback):
         ways:tuple=((mixup,.2,.5),(cutmix,1.,.5)), # `(function,alpha,p)` each; see `choose`
         cooldown:int=0 # Last epochs of a fit that are not mixed
     ):
-        choose(ways)   # refuses wrong shares now
+        _shares(ways)   # refuses wrong ones now, and draws nothing
         store_attr()
 
     def before_batch(self):

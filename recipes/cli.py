@@ -57,7 +57,7 @@ def recipe_of(
     if (name or 'house') not in found: raise SystemExit(f'{task} has no recipe {name!r}: {", ".join(found)}')
     return _task(task),found[name or 'house']
 
-# %% ../nbs/90_recipes.cli.ipynb #67869e71
+# %% ../nbs/90_recipes.cli.ipynb #8a8f3bf5
 def _train(words, opts, verb='train'):
     if 'resume' in opts and not words:
         from recipes.recipe.folder import Run
@@ -66,10 +66,12 @@ def _train(words, opts, verb='train'):
     return getattr(task, verb)(recipe=recipe, **opts)
 
 def _cross_validate(words, opts):
+    if not words: raise SystemExit(usage)
     oof = _train(words, opts, 'cross_validate')
     print(f'out-of-fold: {oof.score():.4f} on {len(oof)} pictures; {oof.runs[0].path.parent}')
 
 def _predict(words, opts):
+    if not words: raise SystemExit(usage)
     from recipes.recipe.ensemble import predict_runs
     out = opts.pop('out', 'submission.csv')
     print(f'{predict_runs([str(o) for o in words], **opts).submit(out)} written')

@@ -44,7 +44,7 @@ def _groups(names):
     kind = pd.Series(names).str.partition('::')[0]
     return {o:np.flatnonzero(kind==o) for o in kind.unique()}
 
-# %% ../nbs/80_recipes.imet.ipynb #6909fab7
+# %% ../nbs/80_recipes.imet.ipynb #cbb96d24
 def read(
     path, # The competition's folder
     skip_bad:bool=False # Leave out training pictures that do not decode, and say how many?
@@ -59,7 +59,7 @@ def read(
         problems.check_ids(ids, file)
     problems.check_apart(train.id, asked.id)
     y = labels_to_csr(train.attribute_ids, list(labels.attribute_id), problems)
-    problems.stop()   # an id that leaves the folder is not looked for
+    if any(o.kind in ('id_leaves','no_id') for o in problems.found): problems.stop()   # not looked for
     frame,good = _pictures(problems, path, train.id, 'train', 'train.csv', skip_bad)
     test,_ = _pictures(problems, path, asked.id, 'test', 'sample_submission.csv')
     problems.stop()

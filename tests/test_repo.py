@@ -47,7 +47,7 @@ def test_named(f):
     cells = [''.join(c.source) for c in read_nb(f).cells]
     assert re.match(r'# .+\n\n> .+', cells[0])
     exp = [o[1] for c in cells if (o := re.search(r'^#\| *default_exp +(\S+)', c, re.M))]
-    assert exp==[f.stem.split('_', 1)[1]] or (not exp and '.' not in f.stem)
+    assert exp==[f.stem.split('_', 1)[-1]] or (not exp and '.' not in f.stem)
 
 # --- nothing of the machine it was made on
 

@@ -6,7 +6,7 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.build.html.
 
 # %% auto #0
 __all__ = ['resizes', 'largest', 'pictures', 'items_of', 'split', 'dls_of', 'RecipeLearner', 'show_truth', 'model_of',
-           'learner_of']
+           'precision_of', 'learner_of']
 
 # %% ../../nbs/72_recipes.recipe.build.ipynb #e2ab8191
 import numpy as np, scipy.sparse as sparse, torch
@@ -163,7 +163,17 @@ def model_of(
     if recipe.log_odds and sparse.issparse(table.y): prior_bias(model.head, np.asarray(table.y.mean(0)).ravel())
     return model
 
-# %% ../../nbs/72_recipes.recipe.build.ipynb #a862fb67
+# %% ../../nbs/72_recipes.recipe.build.ipynb #bbeefa41
+def precision_of(
+    recipe, # A `Recipe`
+    device # Where it is trained
+)->str: # For `Precision`
+    "The recipe's precision, fp32 for pictures that are too small for bf16 on a CPU"
+    sides = [o for r in (recipe.size, *(r[1] for r in resizes(recipe))) for o in hw(r)]
+    small = min(sides)<=32 and torch.device(device).type=='cpu'
+    return 'fp32' if small and recipe.precision=='auto' else recipe.precision
+
+# %% ../../nbs/72_recipes.recipe.build.ipynb #04fd403b
 def learner_of(
     recipe, # A `Recipe`
     table, # The `Table` as read
@@ -177,5 +187,5 @@ def learner_of(
     model = model_of(recipe, table, bare).to(dls.device)
     metrics = [EpochMetric(comp.watch)] if comp.watch else []
     kw = dict(loss_func=recipe.loss(), opt_func=recipe.opt, splitter=body_head, metrics=metrics)
-    learn = RecipeLearner(dls, model, recipe, table, cbs=[Precision(recipe.precision)], **kw)
+    learn = RecipeLearner(dls, model, recipe, table, cbs=[Precision(precision_of(recipe, dls.device))], **kw)
     return show_progress(learn)

@@ -8,12 +8,11 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.ensemble.ht
 __all__ = ['out_of_fold', 'run_fold', 'fit_parts', 'parts_of', 'run_folds', 'run_rounds', 'frame_of', 'test_scores',
            'predict_runs']
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #f971cee6
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #2bf2e800
 import numpy as np, os, pandas as pd
 from dataclasses import replace
 from fastai.learner import Learner
 from pathlib import Path
-from types import SimpleNamespace
 from ..data.folds import assign_folds
 from ..infer.predictions import Predictions, blend, save_scores
 from ..infer.tta import as_is, class_scores
@@ -77,7 +76,7 @@ def parts_of(
 # %% ../../nbs/75_recipes.recipe.ensemble.ipynb #e3f9045d
 def _join(recipe, preds, table): return recipe.join(preds, table) if recipe.join else blend(preds)
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #cc107e66
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #b4a5c39d
 def run_folds(
     recipe, # A `Recipe`
     table, # The `Table` as read
@@ -86,6 +85,8 @@ def run_folds(
 )->Predictions: # Out-of-fold; `.runs` are the runs
     "Train every fold of a recipe, one after another"
     folder = Path(folder or new_folder(recipe))
+    old = sorted(folder.glob('*/recipe.json'))
+    if old: recipe = Run(old[0].parent, table=table).recipe
     n = assign_folds(table, recipe.folds, recipe.seed).max()+1
     runs = []
     for fold in recipe.run_folds or range(n):
@@ -179,13 +180,13 @@ def predict_runs(
     recipe = first.recipe
     return Predictions(p, list(frame.id), table, recipe.competition, recipe.rule, recipe.tune, oof=oof)
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #4ed1de97
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #f8654215
 def _run(o): return o if isinstance(o, Run) else o.run
 
 def _oof_of(o):
     "A learner without a run predicts its held-out rows now; a run on all rows has values from elsewhere"
     run = _run(o)
-    if run: return SimpleNamespace(found=lambda: run.values)
+    if run: return run.source
     rows = np.array(o.dls.valid.dataset.rows)
     p,ids = class_scores(o, o.dls.valid, o.recipe.tta),list(o.table.train.id.iloc[rows])
     return Predictions(p, ids, o.table, o.recipe.competition, o.recipe.rule, o.recipe.tune, rows, np.zeros(len(rows), int))

@@ -98,12 +98,13 @@ def _checkpoint(run):
     name = getattr(comp.watch, '__name__', 'valid_loss')
     return Checkpoint(run.path, name if run.fold!='all' else None, comp.higher if comp.watch else False)
 
-# %% ../../nbs/74_recipes.recipe.fitting.ipynb #3c88bdb8
+# %% ../../nbs/74_recipes.recipe.fitting.ipynb #f0b96e48
 def fit_run(
     run:Run, # New, or one that was stopped
     prior=None # `Predictions` that a round starts from
 ): # The trained learner
     "Train what is left of a run, and write its predictions"
+    for o in run.path.glob('.*.[0-9]*'): o.unlink()   # what a kill left half written
     state,recipe = run.last(),run.recipe
     first = state['cbs']['checkpoint']['stage'] if state else 0
     set_seed(recipe.seed)

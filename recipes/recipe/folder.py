@@ -7,7 +7,7 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.folder.html
 # %% auto #0
 __all__ = ['libraries', 'environment', 'read_table', 'Run', 'name_of', 'new_folder', 'make_run']
 
-# %% ../../nbs/73_recipes.recipe.folder.ipynb #5d5dfcf6
+# %% ../../nbs/73_recipes.recipe.folder.ipynb #0298c2cb
 import json, numpy as np, pandas as pd, platform, subprocess, sys, torch
 from dataclasses import replace
 from datetime import datetime
@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from callbacks.checkpoint import load_weights, write_whole
 from ..data.settings import data_path, setting
 from ..infer.predictions import Predictions, read_scores
@@ -55,7 +56,7 @@ def read_table(
     stamp = tuple((f.name, f.stat().st_mtime_ns) for f in sorted(Path(at).glob('*.csv')))
     return _read(competition, str(at), stamp, skip_bad)
 
-# %% ../../nbs/73_recipes.recipe.folder.ipynb #514e8c9f
+# %% ../../nbs/73_recipes.recipe.folder.ipynb #f132ac1a
 class Run:
     "A run folder opened"
     def __init__(self,
@@ -95,6 +96,11 @@ class Run:
     def values(self):
         "Values of the decision rule, as found when the run ended"
         return json.loads((self.path/'done.json').read_text())['values'] if self.done else {}
+    @property
+    def source(self):
+        "Where a decision rule's values for test pictures come from: `found()` gives them"
+        return self.valid if (self.path/'valid.npy').exists() else SimpleNamespace(found=lambda: self.values)
+
     @property
     def score(self):
         "The metric on the held-out rows"
@@ -159,11 +165,10 @@ def learner(self:Run): # A trained `RecipeLearner`
     load_weights(learn.model, self.path/'model.safetensors')
     return learn
 
-# %% ../../nbs/73_recipes.recipe.folder.ipynb #14b55964
-def _or_none(run): return run.predictions('valid') if (run.path/'valid.npy').exists() else None
+# %% ../../nbs/73_recipes.recipe.folder.ipynb #56eba67c
 def _why_none(name): return 'a fold `all` holds out nothing' if name=='valid' else 'call `predict` first'
 
-# %% ../../nbs/73_recipes.recipe.folder.ipynb #efefca16
+# %% ../../nbs/73_recipes.recipe.folder.ipynb #96468a2a
 @patch
 def predictions(self:Run,
     name:str='valid' # `valid` or `test`
@@ -172,7 +177,7 @@ def predictions(self:Run,
     if not (self.path/f'{name}.npy').exists(): raise FileNotFoundError(f'{self.path} has no {name} predictions: {_why_none(name)}')
     p,about = read_scores(self.path, name)
     kw = dict(table=self.table, competition=self.recipe.competition, rule=self.recipe.rule, tune=self.recipe.tune)
-    if name!='valid': return Predictions(p, about['ids'], oof=_or_none(self), **kw)
+    if name!='valid': return Predictions(p, about['ids'], oof=self.source, **kw)
     rows = pd.Index(self.table.train.id).get_indexer(about['ids'])
     return Predictions(p, about['ids'], rows=rows, folds=np.zeros(len(rows), int), **kw)
 

@@ -7,13 +7,13 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.task.html.m
 # %% auto #0
 __all__ = ['settle', 'table', 'dls', 'learner', 'train', 'cross_validate', 'predict', 'bind', 'verbs']
 
-# %% ../../nbs/76_recipes.recipe.task.ipynb #77c1dc83
+# %% ../../nbs/76_recipes.recipe.task.ipynb #e3c08eea
 import inspect
 from dataclasses import fields
 from pathlib import Path
 from ..infer.predictions import Predictions
 from .build import dls_of, learner_of
-from .core import Recipe, check_names
+from .core import BadField, Recipe, check_names
 from .ensemble import fit_parts, out_of_fold, predict_runs, run_rounds
 from .fitting import fit_run
 from .folder import Run, make_run, read_table
@@ -29,11 +29,20 @@ def settle(
     if extra: print(f'the built-in sample sets {", ".join(f"{k}={v!r}" for k,v in extra.items())}')
     return recipe.but(**extra|given)
 
-# %% ../../nbs/76_recipes.recipe.task.ipynb #2c1cb2da
+# %% ../../nbs/76_recipes.recipe.task.ipynb #0d51098d
 def _prior(prior):
     if prior is None or isinstance(prior, Predictions): return prior
     return out_of_fold([o if isinstance(o, Run) else Run(o) for o in prior])
 
+def _no_fields(fields):
+    check_names(fields)
+    if fields: raise BadField(f'a resumed run keeps its own fields: leave out {", ".join(fields)}')
+
+def _resumed(resume, fields):
+    _no_fields(fields)
+    return resume if isinstance(resume, Run) else Run(resume)
+
+# %% ../../nbs/76_recipes.recipe.task.ipynb #eb3fbabe
 def _start(recipe, path, fields):
     check_names(fields)
     table = read_table(recipe.competition, path, fields.get('skip_bad', recipe.skip_bad))
@@ -69,7 +78,7 @@ def learner(
     recipe,table = _start(recipe, path, fields)
     return learner_of(recipe.steps()[-1], table, dls, fold)
 
-# %% ../../nbs/76_recipes.recipe.task.ipynb #6b3ed4d6
+# %% ../../nbs/76_recipes.recipe.task.ipynb #c6294c3e
 def train(
     recipe:Recipe, # The method
     path=None, # As for `table`
@@ -79,7 +88,7 @@ def train(
     **fields
 ): # The trained fastai `Learner`, with its run as `.run`; a `Run` for a recipe of parts
     "Train a recipe on a fold: `lr_find`, fit, best weights, held-out predictions"
-    if resume is not None: run = resume if isinstance(resume, Run) else Run(resume)
+    if resume is not None: run = _resumed(resume, fields)
     else: run = make_run(*_start(recipe, path, fields), fold)
     if run.recipe.parts: return run if run.done else fit_parts(run, _prior(prior))
     return run.learner() if run.done else fit_run(run, _prior(prior))
@@ -91,6 +100,7 @@ def cross_validate(
     **fields
 )->Predictions: # Out-of-fold: `.score()`, `.runs`
     "Train every fold; each row is predicted by a model that has not seen it"
+    if resume is not None: _no_fields(fields)
     recipe,table = _start(recipe, path, fields)
     return run_rounds(recipe, table, resume and Path(resume))
 

@@ -68,7 +68,8 @@ def ours(path, setup, seed):
     with clocked() as clock:
         began = perf_counter()
         learn = imet.train(path, recipe=recipe_of(setup, seed))
-        done = Done(clock.rate, perf_counter()-began, learn.run.valid.score())
+        secs = perf_counter()-began
+        done = Done(clock.rate, secs, learn.run.valid.score())
     shutil.rmtree(learn.run.path.parent)
     return done
 
@@ -80,9 +81,10 @@ def plain(table, setup, seed, workers):
         set_seed(seed)
         learn = plain_learner(table, split(recipe, table, 0)[1], setup, workers)
         fit_plain(learn, setup)
-        p = learn.get_preds(dl=learn.dls.valid)[0].numpy()
+        rate = clock.rate   # `get_preds` begins a fit
+        with learn.no_bar(): p = learn.get_preds(dl=learn.dls.valid)[0].numpy()
         secs = perf_counter()-began
-    return Done(clock.rate, secs, plain_score(p, learn, recipe, table))
+    return Done(rate, secs, plain_score(p, learn, recipe, table))
 
 def bare_step(table, setup):
     "One step of a bare loop, as a function"
