@@ -76,7 +76,7 @@ def write(
     vocab = np.array(table.vocab, dtype=object)
     return pd.DataFrame(dict(id=ids, attribute_ids=[' '.join(vocab[o]) for o in np.split(labels.indices, labels.indptr[1:-1])]))
 
-# %% ../nbs/80_recipes.imet.ipynb #d5e25aff
+# %% ../nbs/80_recipes.imet.ipynb #7b5d56f5
 def draw(
     n:int=1000 # Training pictures
 )->Path: # The folder
@@ -84,7 +84,7 @@ def draw(
     return sample('imet', n)
 
 competition = Competition('imet', 'imet-2019-fgvc6', read, MultiLabel(), f2, write, draw, watch=f2_best,
-    sample_fields=dict(pretrained=False, size=48, epochs=10, bs=32, resize=()))
+    sample_fields=dict(pretrained=False, size=48, epochs=8, bs=32, resize=()))
 
 # %% ../nbs/80_recipes.imet.ipynb #eaf8a52f
 house = Recipe(competition, 'house', 'Random crops of growing size, one cycle, a threshold a group', arch='seresnext50', log_odds=True,
