@@ -7,11 +7,11 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.data.loaders.html.
 # %% auto #0
 __all__ = ['Files', 'Items', 'normalise', 'denormalise', 'show_pictures', 'PictureDL', 'make_dls']
 
-# %% ../../nbs/27_recipes.data.loaders.ipynb #ee2d84bd
+# %% ../../nbs/27_recipes.data.loaders.ipynb #5a71f8d7
 import matplotlib.pyplot as plt, numpy as np, torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from fastcore.basics import detuplify, store_attr
+from fastcore.basics import chunked, detuplify, store_attr
 from functools import lru_cache
 from .augment import pipeline
 from .pictures import BadPicture, decode
@@ -69,18 +69,21 @@ class Items:
         self.size = tuple(size)
         self.pipe = pipeline(*self.tfms, size=self.size, train=self.train)
 
-# %% ../../nbs/27_recipes.data.loaders.ipynb #e404ea5d
+# %% ../../nbs/27_recipes.data.loaders.ipynb #fccc9391
 @lru_cache
-def _stat(v, device): return torch.tensor(v, device=device)[:,None,None]*255
+def _stat(v, device, w=1): return torch.tensor(v, device=device).repeat(w)*255
 
-# %% ../../nbs/27_recipes.data.loaders.ipynb #97ad231f
+# %% ../../nbs/27_recipes.data.loaders.ipynb #392ad011
 def normalise(
     x:torch.Tensor, # Pictures, uint8, `n x c x h x w`
     mean:tuple, # A mean a channel, of pixels in 0..1
     std:tuple # A standard deviation a channel
 )->torch.Tensor: # float32, on the same device, in the same memory order
     "uint8 pixels as the backbone was trained to see them"
-    return (x.float()-_stat(mean, x.device))/_stat(std, x.device)
+    n,c,h,w = x.shape
+    rows = x.permute(0, 2, 3, 1).reshape(n*h, w*c).float()
+    rows = rows.sub_(_stat(mean, x.device, w)).div_(_stat(std, x.device, w))
+    return rows.view(n, h, w, c).permute(0, 3, 1, 2)
 
 def denormalise(
     x:torch.Tensor, # What `normalise` gave
@@ -88,7 +91,8 @@ def denormalise(
     std:tuple # As there
 )->torch.Tensor: # uint8
     "Pixels to look at, back from what the model sees"
-    return (x.float()*_stat(std, x.device)+_stat(mean, x.device)).round().clamp(0, 255).byte()
+    mean,std = (_stat(o, x.device)[:,None,None] for o in (mean, std))
+    return (x.float()*std+mean).round().clamp(0, 255).byte()
 
 # %% ../../nbs/27_recipes.data.loaders.ipynb #a2705d93
 def show_pictures(
@@ -109,7 +113,7 @@ def show_pictures(
         ax.set_title(cap, fontsize=7, color=c)
     return fig
 
-# %% ../../nbs/27_recipes.data.loaders.ipynb #5c5a0a0d
+# %% ../../nbs/27_recipes.data.loaders.ipynb #09b5bee4
 class PictureDL(DataLoader):
     "Batches of `Items` and their truth, normalised on the device"
     n_inp = 1
@@ -136,6 +140,12 @@ class PictureDL(DataLoader):
     def before_iter(self):
         "Give this pass its own augmentation, from torch's generator"
         self.dataset.pipe.reseed(int(torch.randint(2**31, (1,))))
+
+    def create_batches(self,
+        samps # Indices of items, in order
+    ): # Generates batches
+        "Batch by batch, without fastai's steps for single items"
+        for o in chunked(samps, self.bs, self.drop_last): yield self.do_batch([self.dataset[i] for i in o])
 
     def do_batch(self,
         b:list # Items: `(picture, row)`
