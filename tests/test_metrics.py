@@ -97,7 +97,7 @@ def test_f2_curve_over_blocks(tmp_path):
     assert len(list(blocks(p)))>1
     mm = np.lib.format.open_memmap(tmp_path/'p.npy', 'w+', np.float32, p.shape)
     mm[:] = p
-    ref = [f2(y, decide_slow(p, np.float32(t), 1, 4)) for t in GRID[[3,40]]]
+    ref = [f2(y, decide_slow(p, np.float32(t), 1, 4)) for t in (GRID[3],GRID[40])]
     np.testing.assert_allclose(f2_curve(csr_matrix(y), mm, min_labels=1, max_labels=4)[[3,40]], ref)
     assert f2_best(y, p)==f2_curve(y, p).max()
 

@@ -78,7 +78,7 @@ def learner(
     recipe,table = _start(recipe, path, fields)
     return learner_of(recipe.steps()[-1], table, dls, fold)
 
-# %% ../../nbs/76_recipes.recipe.task.ipynb #c6294c3e
+# %% ../../nbs/76_recipes.recipe.task.ipynb #57e37244
 def train(
     recipe:Recipe, # The method
     path=None, # As for `table`
@@ -100,7 +100,7 @@ def cross_validate(
     **fields
 )->Predictions: # Out-of-fold: `.score()`, `.runs`
     "Train every fold; each row is predicted by a model that has not seen it"
-    if resume is not None: _no_fields(fields)
+    if resume is not None and any(Path(resume).glob('*/recipe.json')): _no_fields(fields)
     recipe,table = _start(recipe, path, fields)
     return run_rounds(recipe, table, resume and Path(resume))
 
