@@ -73,7 +73,7 @@ class Items:
 @lru_cache
 def _stat(v, device, w=1): return torch.tensor(v, device=device).repeat(w)*255
 
-# %% ../../nbs/27_recipes.data.loaders.ipynb #392ad011
+# %% ../../nbs/27_recipes.data.loaders.ipynb #f031dd4b
 def normalise(
     x:torch.Tensor, # Pictures, uint8, `n x c x h x w`
     mean:tuple, # A mean a channel, of pixels in 0..1
@@ -81,8 +81,9 @@ def normalise(
 )->torch.Tensor: # float32, on the same device, in the same memory order
     "uint8 pixels as the backbone was trained to see them"
     n,c,h,w = x.shape
+    scale = 1/_stat(std, x.device, w)
     rows = x.permute(0, 2, 3, 1).reshape(n*h, w*c).float()
-    rows = rows.sub_(_stat(mean, x.device, w)).div_(_stat(std, x.device, w))
+    rows = torch.addcmul(-_stat(mean, x.device, w)*scale, rows, scale, out=rows)   # one pass over the batch
     return rows.view(n, h, w, c).permute(0, 3, 1, 2)
 
 def denormalise(
