@@ -1,8 +1,8 @@
 "Medal-grade recipes for image-recognition competitions, as fastai objects"
 __version__ = '0.0.1'
 
-_modules = 'imet',
-_names = dict(Recipe='recipe.core', Competition='recipe.core', from_json='recipe.core', Run='recipe.folder', blend='infer.predictions',
+_modules = 'imet','bengali','animal'
+_names = dict(Recipe='recipe.core', Competition='recipe.core', from_json='recipe.core', Run='recipe.folder', blend='recipe.effects',
     Predictions='infer.predictions')
 __all__ = [*_modules, *_names]
 

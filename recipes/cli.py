@@ -57,11 +57,20 @@ def recipe_of(
     if (name or 'house') not in found: raise SystemExit(f'{task} has no recipe {name!r}: {", ".join(found)}')
     return _task(task),found[name or 'house']
 
-# %% ../nbs/90_recipes.cli.ipynb #8a8f3bf5
+# %% ../nbs/90_recipes.cli.ipynb #8f500a61
+def _go_on(resume, prior=None, modules='', parent=None, **fields):
+    from recipes.recipe.ensemble import out_of_fold, runs_in
+    from recipes.recipe.folder import Run
+    from recipes.recipe.parallel import end_with
+    from recipes.recipe.task import train
+    if parent: end_with(parent)
+    modules = tuple(filter(None, modules.split(',')))
+    if prior: prior = out_of_fold(runs_in(prior, modules))
+    return train(None, resume=Run(resume, modules=modules), prior=prior, **fields)
+
+# %% ../nbs/90_recipes.cli.ipynb #f6dcd3d8
 def _train(words, opts, verb='train'):
-    if 'resume' in opts and not words:
-        from recipes.recipe.folder import Run
-        words = [Run(opts['resume']).recipe.competition.name]
+    if 'resume' in opts and not words and verb=='train': return _go_on(**opts)
     task,recipe = recipe_of(words[0] if words else '')
     return getattr(task, verb)(recipe=recipe, **opts)
 
@@ -84,11 +93,13 @@ def _list(words, opts):
 
 def _show(words, opts): print(recipe_of(words[0] if words else '')[1].but(**opts))
 
-# %% ../nbs/90_recipes.cli.ipynb #80043d86
+# %% ../nbs/90_recipes.cli.ipynb #de3e04f3
 commands = dict(train=_train, cross_validate=_cross_validate, predict=_predict, list=_list, show=_show)
-usage = 'recipes train|cross_validate TASK[.RECIPE] [--FIELD VALUE]...\nrecipes predict RUN... --out submission.csv\nrecipes list\nrecipes show TASK.RECIPE'
+usage = '\n'.join(['recipes train TASK[.RECIPE] [--path DIR] [--fold K] [--FIELD VALUE]...', 'recipes train --resume RUN',
+    'recipes cross_validate TASK[.RECIPE] [--path DIR] [--parallel K] [--FIELD VALUE]...', 'recipes cross_validate TASK --resume FOLDER',
+    'recipes predict RUN... --out submission.csv', 'recipes list', 'recipes show TASK.RECIPE'])
 
-# %% ../nbs/90_recipes.cli.ipynb #86919a25
+# %% ../nbs/90_recipes.cli.ipynb #4bb7b63d
 def main(
     argv:list=None # Words after `recipes`; those of the process by default
 ):
@@ -96,5 +107,6 @@ def main(
     words,opts = split_words(sys.argv[1:] if argv is None else argv)
     if not words or words[0] not in commands: raise SystemExit(usage)
     from recipes.recipe.core import BadField
+    from recipes.recipe.parallel import FoldFailed
     try: commands[words[0]](words[1:], opts)
-    except (BadField, ValueError, FileNotFoundError) as e: raise SystemExit(f'{type(e).__name__}: {e}') from e
+    except (BadField, FoldFailed, ValueError, FileNotFoundError) as e: raise SystemExit(f'{type(e).__name__}: {e}') from e

@@ -11,7 +11,7 @@ __all__ = ['plot_history', 'plot_plan', 'plot_rule']
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from .infer.search import plot_thresholds, threshold_curve
 
-# %% ../nbs/60_recipes.look.ipynb #0ab253fe
+# %% ../nbs/60_recipes.look.ipynb #eae758e6
 def plot_history(
     history:pd.DataFrame # A run's `history`: a line an epoch
 ): # The figure
@@ -23,6 +23,7 @@ def plot_history(
         for o in cols: ax.plot(np.arange(1, len(history)+1), history[o], 'o-', ms=3, label=o)
         for x in np.flatnonzero(history.stage.diff()>0): ax.axvline(x+.5, color='grey', ls=':')
         ax.set(xlabel='epoch')
+        ax.xaxis.get_major_locator().set_params(integer=True)
         if cols: ax.legend()
     return fig
 

@@ -90,10 +90,11 @@ def f2_curve(
         total += f2_counts(tp, np.diff(y[s].indptr)[:,None], n).sum(0)
     return total/len(p)
 
-# %% ../nbs/42_recipes.metrics.ipynb #c4e9fd0a
+# %% ../nbs/42_recipes.metrics.ipynb #9c61c98e
 def f2_best(
     y, # Truth, rows x classes, CSR or dense
     p:np.ndarray, # Rows x classes
+    table=None, # Not used
     min_labels:int=1, # At least this many labels a row
     max_labels:int=None # At most this many; all by default
 )->float: # 0 to 1

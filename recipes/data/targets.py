@@ -7,14 +7,20 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.data.targets.html.
 # %% auto #0
 __all__ = ['Target', 'SingleLabel', 'MultiLabel', 'MultiHead', 'Identity']
 
-# %% ../../nbs/26_recipes.data.targets.ipynb #d47f8653
+# %% ../../nbs/26_recipes.data.targets.ipynb #413b865e
 import torch
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from torch.nn import functional as F
 
-# %% ../../nbs/26_recipes.data.targets.ipynb #45b16d11
+# %% ../../nbs/26_recipes.data.targets.ipynb #2823897c
 class Target:
     "What is predicted; a kind says what differs"
+    def of(self,
+        table # The `Table` to predict
+    ): # A target that knows how many classes there are
+        "The target for a table; itself, unless it has to know more"
+        return self
+
     def n_classes(self,
         table # The `Table` whose `vocab` names the classes
     )->int: # Columns of the answer
@@ -94,18 +100,24 @@ class MultiLabel(Target):
         "The labels as a caption"
         return '\n'.join(names[i] for i in torch.as_tensor(y).reshape(-1).nonzero()[:,0].tolist())
 
-# %% ../../nbs/26_recipes.data.targets.ipynb #019d1f56
+# %% ../../nbs/26_recipes.data.targets.ipynb #8c5d153a
 @dataclass(frozen=True)
 class MultiHead(Target):
     "One class from each of several vocabularies"
     heads:tuple # Names of the heads, in column order
-    sizes:tuple # Classes of each head
+    sizes:tuple=() # Classes of each head; `of` fills them in
     kind = 'prob'
+    def of(self,
+        table # The `Table` to predict
+    ): # A `MultiHead` with the sizes of the table's vocabularies
+        "The target for a table, which says how many classes each head has"
+        return replace(self, sizes=tuple(len(o) for o in table.vocab))
+
     def n_classes(self,
         table # The `Table` to predict
     )->int: # Columns of the answer
         "How many classes all heads have together"
-        return sum(self.sizes)
+        return sum(len(o) for o in table.vocab)
 
     def batch(self,
         y, # The table's truth, `n x heads` class indices

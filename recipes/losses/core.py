@@ -21,7 +21,7 @@ def plain(
     o = o.as_subclass(torch.Tensor)
     return o.float() if o.is_floating_point() else o
 
-# %% ../../nbs/40_recipes.losses.core.ipynb #122ede85
+# %% ../../nbs/40_recipes.losses.core.ipynb #88c5b727
 class Loss(nn.Module):
     "A loss worked out one picture at a time, in float32"
     def __init__(self,
@@ -29,6 +29,12 @@ class Loss(nn.Module):
     ):
         super().__init__()
         self.reduction = reduction
+
+    def prepare(self,
+        counts:list # Training pictures of each class: an array a head
+    )->nn.Module: # Itself
+        "Told before training how common the classes are; most losses do not ask"
+        return self
 
     def per_sample(self,
         raw:torch.Tensor, # Outputs; a tuple where a model has parts

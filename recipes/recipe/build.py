@@ -6,11 +6,13 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.build.html.
 
 # %% auto #0
 __all__ = ['resizes', 'largest', 'pictures', 'items_of', 'split', 'dls_of', 'RecipeLearner', 'show_truth', 'model_of',
-           'precision_of', 'learner_of']
+           'precision_of', 'loss_of', 'learner_of']
 
-# %% ../../nbs/72_recipes.recipe.build.ipynb #e2ab8191
+# %% ../../nbs/72_recipes.recipe.build.ipynb #1a5e5d30
 import numpy as np, scipy.sparse as sparse, torch
 from fastai.torch_core import default_device
+from functools import partial
+from inspect import signature
 from warnings import filterwarnings
 from callbacks.checkpoint import ResumableLearner
 from callbacks.log import show_progress
@@ -19,7 +21,7 @@ from callbacks.resize import hw
 from ..data.augment import squish
 from ..data.cache import PictureCache, affordable, nbytes_needed
 from ..data.folds import assign_folds, fold_rows
-from ..data.loaders import Files, Items, denormalise, make_dls, show_pictures
+from ..data.loaders import Arrays, Files, Items, denormalise, make_dls, show_pictures
 from ..data.settings import setting
 from ..metrics import EpochMetric
 from ..models.backbone import norm_stats
@@ -37,7 +39,7 @@ def resizes(
     def at(f): return tuple(max(8, round(o*f/8)*8) if f!=1 else o for o in hw(recipe.size))
     return tuple((share,at(f),*bs) for share,f,*bs in recipe.resize)
 
-# %% ../../nbs/72_recipes.recipe.build.ipynb #41d300cd
+# %% ../../nbs/72_recipes.recipe.build.ipynb #9d7f9721
 def largest(
     recipe # A `Recipe`
 )->tuple: # `(height, width)`
@@ -52,6 +54,7 @@ def pictures(
     "Where the pictures of a frame are read from: the cache, or their files"
     squished = all(func_of(o.crop) is squish for o in recipe.steps())
     side = largest(recipe) if squished else None
+    if 'row' in frame: return Arrays(list(frame.path), list(frame.row), recipe.channels)
     files = Files(list(frame.path), recipe.channels, side)
     if recipe.cache is False or recipe.channels!=3: return files
     nbytes = nbytes_needed(frame.assign(problem=None), side) if 'width' in frame else 0
@@ -59,12 +62,15 @@ def pictures(
     if recipe.cache is None and not affordable(nbytes, folder): return files
     return PictureCache.build(files.paths, folder, side, ids=list(frame.id), nbytes=nbytes) or files
 
-# %% ../../nbs/72_recipes.recipe.build.ipynb #3395ccf0
-def _stats(recipe): return recipe.stats or norm_stats(recipe.arch)
+# %% ../../nbs/72_recipes.recipe.build.ipynb #14e19c5c
+def _stats(recipe):
+    stats = recipe.stats or norm_stats(recipe.arch)
+    return tuple((sum(o)/len(o),) for o in stats) if recipe.channels==1 else stats
+
 def _tfms(recipe): return recipe.crop,recipe.augment
 def _workers(device): return setting('workers') if torch.device(device).type=='cuda' else 0
 
-# %% ../../nbs/72_recipes.recipe.build.ipynb #35853feb
+# %% ../../nbs/72_recipes.recipe.build.ipynb #4489921a
 def items_of(
     recipe, # A `Recipe`
     frame, # `train` or `test` of a table
@@ -98,9 +104,10 @@ def dls_of(
     items = items_of(recipe, src.train, train, True),items_of(recipe, table.train, held)
     device = default_device()
     kw = dict(workers=_workers(device), device=device, stats=_stats(recipe), names=table.names)
-    return make_dls(items, recipe.bs, (src.y,table.y), target=recipe.competition.target, **kw)
+    order = recipe.sampler(src, train) if recipe.sampler else None
+    return make_dls(items, recipe.bs, (src.y,table.y), target=recipe.competition.target.of(table), order=order, **kw)
 
-# %% ../../nbs/72_recipes.recipe.build.ipynb #d5ccd00c
+# %% ../../nbs/72_recipes.recipe.build.ipynb #a3a53a42
 class RecipeLearner(ResumableLearner):
     "A `Learner` for a recipe and a table"
     def __init__(self,
@@ -110,7 +117,7 @@ class RecipeLearner(ResumableLearner):
         table, # The `Table` it is for
         **kwargs
     ):
-        self.recipe,self.table,self.target,self.run = recipe,table,recipe.competition.target,None
+        self.recipe,self.table,self.target,self.run = recipe,table,recipe.competition.target.of(table),None
         super().__init__(dls, model, **kwargs)
 
     def read_out(self,
@@ -150,16 +157,18 @@ def show_truth(
     colors = ['green' if t==d else 'firebrick' for t,d in pairs]
     return show_pictures(ims, [f'{t}\n→ {d}' for t,d in pairs], colors=colors)
 
-# %% ../../nbs/72_recipes.recipe.build.ipynb #17e0aa82
+# %% ../../nbs/72_recipes.recipe.build.ipynb #621aeb6f
 def model_of(
     recipe, # A `Recipe`
     table, # Says how many outputs there are
     bare:bool=False # Without any weights, for those of a run?
 ): # A torch module
     "The model of a recipe"
-    kw = dict(in_chans=recipe.channels, size=hw(recipe.size), pool=recipe.pool, head=recipe.head)
+    target,head = recipe.competition.target.of(table),recipe.head
+    if 'sizes' in signature(head).parameters: head = partial(head, sizes=getattr(target, 'sizes', None))
+    kw = dict(in_chans=recipe.channels, size=hw(recipe.size), pool=recipe.pool, head=head)
     if not bare: kw |= dict(pretrained=recipe.pretrained, weights=recipe.weights)
-    model = build(recipe.arch, recipe.competition.target.n_out(table), **dict(pretrained=False)|kw)
+    model = build(recipe.arch, target.n_out(table), **dict(pretrained=False)|kw)
     if recipe.log_odds and sparse.issparse(table.y): prior_bias(model.head, np.asarray(table.y.mean(0)).ravel())
     return model
 
@@ -173,7 +182,20 @@ def precision_of(
     small = min(sides)<=32 and torch.device(device).type=='cpu'
     return 'fp32' if small and recipe.precision=='auto' else recipe.precision
 
-# %% ../../nbs/72_recipes.recipe.build.ipynb #04fd403b
+# %% ../../nbs/72_recipes.recipe.build.ipynb #b3e269ee
+def loss_of(
+    recipe, # A `Recipe`; a stage's for its loss
+    table, # The `Table` as read
+    fold=0, # Which fold is held out
+    more=None # The table that a round made
+): # A loss
+    "The loss of a recipe, told the counts of the classes in training"
+    loss = recipe.loss()
+    if not hasattr(loss, 'prepare'): return loss
+    rows,src = split(recipe, table, fold, more)[0],table if more is None else more
+    return loss.prepare([counts for *_,counts in src.subset(rows).heads])
+
+# %% ../../nbs/72_recipes.recipe.build.ipynb #ff918d49
 def learner_of(
     recipe, # A `Recipe`
     table, # The `Table` as read
@@ -185,7 +207,7 @@ def learner_of(
     dls = dls_of(recipe, table, fold) if dls is None else dls
     comp = recipe.competition
     model = model_of(recipe, table, bare).to(dls.device)
-    metrics = [EpochMetric(comp.watch)] if comp.watch else []
-    kw = dict(loss_func=recipe.loss(), opt_func=recipe.opt, splitter=body_head, metrics=metrics)
+    metrics = [EpochMetric(partial(comp.watch, table=table))] if comp.watch else []
+    kw = dict(loss_func=loss_of(recipe, table, fold), opt_func=recipe.opt, splitter=body_head, metrics=metrics)
     learn = RecipeLearner(dls, model, recipe, table, cbs=[Precision(precision_of(recipe, dls.device))], **kw)
     return show_progress(learn)

@@ -24,7 +24,7 @@ from ..models.heads import linear_head
 from ..models.pooling import GlobalAvg
 from .codec import decode, encode
 
-# %% ../../nbs/71_recipes.recipe.core.ipynb #a7bbbbe5
+# %% ../../nbs/71_recipes.recipe.core.ipynb #2fe23940
 @dataclass(frozen=True, eq=False)
 class Competition:
     "What is given: files, target, metric and submission"
@@ -35,11 +35,11 @@ class Competition:
     metric:Callable # `metric(y, labels) -> float`: the official one, on the whole set
     write:Callable # `write(ids, labels, table) -> DataFrame`: a submission
     sample:Callable # `sample(n) -> folder`: draws a small set in the competition's format
-    watch:Callable=None # `watch(y, p) -> float`: shown after each epoch; its name heads the column
+    watch:Callable=None # `watch(y, p, table) -> float`: shown after each epoch; its name heads the column
     higher:bool=True # Is more of the metric better?
     sample_fields:dict=field(default_factory=dict) # Fields of a recipe that the sample changes
 
-# %% ../../nbs/71_recipes.recipe.core.ipynb #afd9a8c6
+# %% ../../nbs/71_recipes.recipe.core.ipynb #f81cf241
 @dataclass(frozen=True, eq=False, repr=False)
 class Recipe:
     "Every choice of a method, as a plain field"
@@ -63,6 +63,7 @@ class Recipe:
     cache:bool=None # Keep decoded pictures on disk? None: where they fit
     skip_bad:bool=False # Leave out pictures that do not decode, and count them?
     loss:Callable=BCELoss # `loss()`
+    sampler:Callable=None # `sampler(table, rows)`: which of the rows an epoch takes; each once if None
     mix:Callable=None # A callback that mixes pictures
     opt:Callable=adamw # `opt(params, lr)`
     lr:float|str='find' # Learning rate, or 'find': `lr_find` before the fit

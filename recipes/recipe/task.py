@@ -7,14 +7,15 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.task.html.m
 # %% auto #0
 __all__ = ['settle', 'table', 'dls', 'learner', 'train', 'cross_validate', 'predict', 'bind', 'verbs']
 
-# %% ../../nbs/76_recipes.recipe.task.ipynb #e3c08eea
-import inspect
+# %% ../../nbs/76_recipes.recipe.task.ipynb #0e27e766
+import inspect, json
 from dataclasses import fields
 from pathlib import Path
 from ..infer.predictions import Predictions
 from .build import dls_of, learner_of
+from .codec import home_of
 from .core import BadField, Recipe, check_names
-from .ensemble import fit_parts, out_of_fold, predict_runs, run_rounds
+from .ensemble import fit_parts, out_of_fold, predict_runs, run_rounds, runs_in
 from .fitting import fit_run
 from .folder import Run, make_run, read_table
 
@@ -29,9 +30,10 @@ def settle(
     if extra: print(f'the built-in sample sets {", ".join(f"{k}={v!r}" for k,v in extra.items())}')
     return recipe.but(**extra|given)
 
-# %% ../../nbs/76_recipes.recipe.task.ipynb #0d51098d
+# %% ../../nbs/76_recipes.recipe.task.ipynb #a6918899
 def _prior(prior):
     if prior is None or isinstance(prior, Predictions): return prior
+    if isinstance(prior, (str,Path)): return out_of_fold(runs_in(prior))
     return out_of_fold([o if isinstance(o, Run) else Run(o) for o in prior])
 
 def _no_fields(fields):
@@ -41,6 +43,12 @@ def _no_fields(fields):
 def _resumed(resume, fields):
     _no_fields(fields)
     return resume if isinstance(resume, Run) else Run(resume)
+
+# %% ../../nbs/76_recipes.recipe.task.ipynb #951f1d03
+def _begun(folder, path):
+    "The files of runs that were begun in `folder`, and where their data are unless `path` says"
+    files = sorted(Path(folder).glob('**/env.json'))
+    return bool(files),path or (json.loads(files[0].read_text())['data'] if files else None)
 
 # %% ../../nbs/76_recipes.recipe.task.ipynb #eb3fbabe
 def _start(recipe, path, fields):
@@ -78,12 +86,12 @@ def learner(
     recipe,table = _start(recipe, path, fields)
     return learner_of(recipe.steps()[-1], table, dls, fold)
 
-# %% ../../nbs/76_recipes.recipe.task.ipynb #57e37244
+# %% ../../nbs/76_recipes.recipe.task.ipynb #059d72f4
 def train(
     recipe:Recipe, # The method
     path=None, # As for `table`
     fold=0, # Which fold to hold out, or 'all' for none
-    prior=None, # Runs or `Predictions`: what a round starts from, or the values for `fold='all'`
+    prior=None, # Runs, the folder of all folds, or `Predictions`: what a round starts from, or the values for `fold='all'`
     resume=None, # A run that was stopped: a `Run` or its folder
     **fields
 ): # The trained fastai `Learner`, with its run as `.run`; a `Run` for a recipe of parts
@@ -96,13 +104,16 @@ def train(
 def cross_validate(
     recipe:Recipe, # The method
     path=None, # As for `table`
-    resume=None, # The folder of folds that was stopped
+    resume=None, # The folder of folds that was stopped; with `recipe=` if that has functions of your own
+    parallel:int=1, # Folds at a time; each is a process if more than 1
     **fields
 )->Predictions: # Out-of-fold: `.score()`, `.runs`
     "Train every fold; each row is predicted by a model that has not seen it"
-    if resume is not None and any(Path(resume).glob('*/recipe.json')): _no_fields(fields)
+    if isinstance(parallel, bool) or parallel!=int(parallel) or parallel<1: raise ValueError(f'parallel={parallel}: give a whole number of folds, 1 or more')
+    begun,path = (False,path) if resume is None else _begun(resume, path)
+    if begun: _no_fields(fields)
     recipe,table = _start(recipe, path, fields)
-    return run_rounds(recipe, table, resume and Path(resume))
+    return run_rounds(recipe, table, resume and Path(resume), parallel=parallel)
 
 def predict(
     recipe:Recipe, # Unused: the runs know theirs
@@ -124,7 +135,7 @@ def _signature(f, house):
     flds = [o for o in flds if o.name not in ('competition','name','about','assumed')]
     return inspect.Signature([*rest, choice, *flds] if len(rest)<len(own) else rest)
 
-# %% ../../nbs/76_recipes.recipe.task.ipynb #69510cd8
+# %% ../../nbs/76_recipes.recipe.task.ipynb #2ab0b3d6
 def bind(
     verb, # One of the functions above
     house:Recipe # The recipe it uses unless told otherwise
@@ -133,7 +144,7 @@ def bind(
     def bound(*args, recipe=house, **kwargs): return verb(recipe, *args, **kwargs)
     bound.__signature__ = _signature(verb, house)
     for o in ('__name__','__doc__'): setattr(bound, o, getattr(verb, o))
-    bound.__qualname__,bound.__module__ = verb.__name__,house.competition.read.__module__
+    bound.__qualname__,bound.__module__ = verb.__name__,home_of(house.competition).__name__
     return bound
 
 def verbs(

@@ -6,12 +6,14 @@ A name of `--only` stands for every benchmark that begins with it. `--epochs` re
 import contextlib, os, sys, tempfile
 from pathlib import Path
 os.environ.setdefault('MPLBACKEND', 'Agg')
+from parquet import parquet
 from result import lines
 from small import importing, loading, memory, thresholds
 from training import gpu, resnet18, seresnext50
+from transfer import transfer
 
 BENCHMARKS = {'import':importing, 'loader':loading, 'memory':memory, 'thresholds':thresholds,
-    'train-resnet18':resnet18, 'train-seresnext50':seresnext50, 'gpu-resnet50':gpu}
+    'parquet':parquet, 'train-resnet18':resnet18, 'train-seresnext50':seresnext50, 'transfer':transfer, 'gpu-resnet50':gpu}
 
 def options(argv):
     "The folder, the names, and the numbers of seeds and epochs"

@@ -1,0 +1,4 @@
+"`python -m recipes`: the command line"
+from .cli import main
+
+if __name__=='__main__': main()
