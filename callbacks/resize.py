@@ -43,7 +43,7 @@ def check_schedule(
     if any(n_bs) and not n_bs[0]:
         raise ValueError(f'a schedule that changes the batch size gives the first one too: {schedule[0]} has none')
 
-# %% ../nbs/11_callbacks.resize.ipynb #69878c94
+# %% ../nbs/11_callbacks.resize.ipynb #03bd3a3b
 def plot_schedule(
     schedule:tuple, # As for `scheduled`
     n_epoch:int, # Epochs of the fit
@@ -54,6 +54,7 @@ def plot_schedule(
     sizes = [scheduled(schedule, o/n_epoch)[0] for o in range(n_epoch)]
     for label,side in zip(('height','width'), zip(*sizes)): ax.step(range(n_epoch), side, where='mid', label=label)
     ax.set(xlabel='epoch', ylabel='pixels', ylim=(0,None), xlim=(-.5,n_epoch-.5))
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(loc='lower right')
     return ax
 

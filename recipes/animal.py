@@ -40,10 +40,10 @@ stefano = Recipe(competition, 'stefano', 'EfficientNet-B1 from scratch, RAdam, c
     crop=squish, augment=animal_stefano, loss=SoftmaxLoss, opt=partial(radam, wd=1e-2), lr=1e-3, schedule=partial(cosine, floor=1e-5),
     epochs=50, bs=64, folds=partial(deal_folds, n=3), tta=(as_is,hflip), rule=likeliest, assumed=('augment','opt','lr','schedule'))
 
-# %% ../nbs/82_recipes.animal.ipynb #8575da0a
+# %% ../nbs/82_recipes.animal.ipynb #8a58ec33
 house = Recipe(competition, 'house', 'Growing random crops, one cycle', arch='seresnext50', pretrained=False, size=224, resize=((0,.6),(.4,.8),(.7,1.)),
     crop=partial(random_resized_crop, scale=(.6,1.), valid='squish'), augment=animal_house, head=partial(linear_head, drop=.2),
-    loss=SoftmaxLoss, opt=partial(adamw, wd=.05), lr='find', schedule=one_cycle, epochs=40, bs=64, folds=partial(deal_folds, n=5),
+    loss=SoftmaxLoss, opt=partial(adamw, wd=.05), lr='find', schedule=one_cycle, epochs=40, bs=32, folds=partial(deal_folds, n=5),
     tta=(as_is,hflip), rule=likeliest)
 house
 

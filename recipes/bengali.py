@@ -80,10 +80,10 @@ argus = Recipe(competition, 'argus', 'CutMix at two sizes, GridMask, the hardest
     schedule=partial(cosine, floor=1e-5), ema=partial(EMA, decay=.9999), epochs=140,
     stages=argus_stages, folds=partial(unseen_graphemes, n=5, held=200), tta=(as_is,), rule=likeliest_heads, assumed=('stats','lr'))
 
-# %% ../nbs/81_recipes.bengali.ipynb #e683fe21
+# %% ../nbs/81_recipes.bengali.ipynb #51a234d4
 house = Recipe(competition, 'house', 'Growing pictures of their own shape, CutMix, one cycle', arch='seresnext50', size=(137,236),
-    resize=((0,.6),(.4,.8),(.7,1.)), augment=bengali_house, head=partial(linear_head, drop=.2), loss=MultiHeadLoss,
-    mix=partial(CutMix, p=.5), opt=partial(adamw, wd=.01), lr='find', schedule=one_cycle, epochs=30, bs=64, folds=5, tta=(as_is,),
+    resize=((0,.7),(.4,1.)), augment=bengali_house, head=partial(linear_head, drop=.2), loss=MultiHeadLoss,
+    mix=partial(CutMix, p=.2), opt=partial(adamw, wd=.01), lr='find', schedule=one_cycle, epochs=30, bs=32, folds=5, tta=(as_is,),
     rule=likeliest_heads)
 house
 

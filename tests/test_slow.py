@@ -33,12 +33,14 @@ def check_bengali(df):
 
 def check_animal(df): assert set(df.label)<={'hare','bear','fox','deer','bird','snake'}
 
+checks = dict(imet=check_imet, bengali=check_bengali, animal=check_animal)
+
 def submitted(runs, path, name='imet'):
     "A submission's frame, as written: the sample's ids in its order, and nothing but labels there are"
     f = tasks[name].predict(runs).submit('submission.csv')
     df,want = (pd.read_csv(o, dtype=str, keep_default_na=False) for o in (f, path/'sample_submission.csv'))
     assert list(df)==list(want) and df.iloc[:,0].tolist()==want.iloc[:,0].tolist()
-    globals()[f'check_{name}'](df)
+    checks[name](df)
     return df
 
 @pytest.mark.parametrize('name', alone)
@@ -75,8 +77,8 @@ def commonest(table):
 
 @pytest.mark.parametrize('name', tasks)
 def test_house_learns(name):
-    "More than the commonest labels, where there is time for it"
+    "Well above the commonest labels, where there is time for it"
     task = tasks[name]
     learn = task.train(folder(name), **small, size=48, resize=(), epochs=12, bs=16, lr=1e-2, precision='fp32')
     table = learn.table
-    assert learn.run.score>task.competition.metric(table.y, commonest(table))-.05
+    assert learn.run.score>task.competition.metric(table.y, commonest(table))+.1

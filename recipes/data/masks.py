@@ -89,7 +89,7 @@ def bengali_yk(
     "Turn half of the pictures by up to 10 degrees"
     return [alb.Rotate((-10,10), border_mode=cv2.BORDER_REFLECT_101, p=.5)]
 
-# %% ../../nbs/22a_recipes.data.masks.ipynb #0e265d24
+# %% ../../nbs/22a_recipes.data.masks.ipynb #75cb4a6d
 def argus(
     size:tuple # Not used
 )->list: # Transforms
@@ -99,9 +99,9 @@ def argus(
 def bengali_house(
     size:tuple # `(height, width)`
 )->list: # Transforms
-    "Write a little differently, then hide a part of half of the pictures"
+    "Write a little differently"
     hand = alb.Affine(scale=(.85,1.1), translate_percent=(-.05,.05), rotate=(-10,10), shear=(-8,8), p=.8)
-    return [hand,*(morph(size, p=.3) if min(size)>=100 else []),alb.OneOf([GridMask(p=1), *cutout(size, side=.4, p=1)], p=.5)]
+    return [hand,*(morph(size, p=.3) if min(size)>=100 else [])]
 
 # %% ../../nbs/22a_recipes.data.masks.ipynb #1703a21c
 def animal_stefano(

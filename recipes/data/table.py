@@ -83,7 +83,7 @@ def label_counts(self:Table)->pd.DataFrame: # A row a class: `group`, `label`, `
     for name,idx in self.groups.items(): df.loc[idx, 'group'] = name
     return df
 
-# %% ../../nbs/23_recipes.data.table.ipynb #4dfe0035
+# %% ../../nbs/23_recipes.data.table.ipynb #2d65add7
 @patch
 def plot_counts(self:Table,
     figsize:tuple=(9,2.6) # Inches
@@ -96,6 +96,7 @@ def plot_counts(self:Table,
         n = df['count'].sort_values(ascending=False).to_numpy()
         ax.bar(np.arange(len(n)), n, width=1)
         ax.set(title=f'{name}: {len(n):,} classes, {(n==0).sum():,} empty', xlabel='class, commonest first', ylabel='train rows')
+        ax.xaxis.get_major_locator().set_params(integer=True)
         if n.max(initial=0)>100: ax.set_yscale('log')
     plt.tight_layout()
 

@@ -12,7 +12,7 @@ import torch
 from dataclasses import dataclass, replace
 from torch.nn import functional as F
 
-# %% ../../nbs/26_recipes.data.targets.ipynb #2823897c
+# %% ../../nbs/26_recipes.data.targets.ipynb #49984306
 class Target:
     "What is predicted; a kind says what differs"
     def of(self,
@@ -47,6 +47,7 @@ class Target:
     )->torch.Tensor: # `n x classes` scores, float32
         "Class scores from outputs: doubled classes folded, activated, parts averaged"
         act = getattr(loss, 'activation', self.activation)
+        raw = loss.outputs(raw) if hasattr(loss, 'outputs') else raw   # without what only the loss needs
         parts = raw if isinstance(raw, (tuple,list)) else (raw,)
         return torch.stack([act(self.fold(o.float(), mirrored)) for o in parts]).mean(0)
 

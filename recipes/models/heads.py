@@ -112,7 +112,7 @@ def body_head(
     "Splits parameters into the body's, and those of pooling and head; fastai's `splitter`"
     return [list(model.body.parameters()), [*model.pool.parameters(), *model.head.parameters()]]
 
-# %% ../../nbs/32_recipes.models.heads.ipynb #903db8e5
+# %% ../../nbs/32_recipes.models.heads.ipynb #0b55da21
 def build(
     arch:str, # A network's name
     n_out:int, # Number of outputs
@@ -121,8 +121,10 @@ def build(
     in_chans:int=3, # Channels of the pictures
     size:int|tuple|None=None, # Side of the pictures, or `(height,width)`; matters for transformers
     pool=GlobalAvg, # Makes the pooling, with its `width`
-    head=linear_head # Makes the head from the vector's length and `n_out`
+    head=linear_head, # Makes the head from the vector's length and `n_out`
+    wrap=None # What is done to the body: `wrap(body)`
 )->ImageModel: # Its `body`, `pool` and `head` can be changed one by one
     "A model for pictures, from a network's name"
     b,p = body(arch, pretrained, weights, in_chans, size),pool()
+    b = wrap(b) if wrap else b
     return ImageModel(b, p, head(b.num_features*p.width, n_out))

@@ -7,7 +7,7 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.core.html.m
 # %% auto #0
 __all__ = ['names', 'Competition', 'Recipe', 'BadField', 'check_names', 'from_dict', 'from_json', 'card']
 
-# %% ../../nbs/71_recipes.recipe.core.ipynb #f6f1610c
+# %% ../../nbs/71_recipes.recipe.core.ipynb #4e5c1b5e
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -18,7 +18,7 @@ from callbacks.optim import adamw
 from callbacks.schedule import one_cycle
 from ..data.augment import light, squish
 from ..data.targets import Target
-from ..infer.tta import as_is, hflip
+from ..infer.tta import as_is, class_scores, hflip
 from ..losses.multilabel import BCELoss
 from ..models.heads import linear_head
 from ..models.pooling import GlobalAvg
@@ -39,7 +39,7 @@ class Competition:
     higher:bool=True # Is more of the metric better?
     sample_fields:dict=field(default_factory=dict) # Fields of a recipe that the sample changes
 
-# %% ../../nbs/71_recipes.recipe.core.ipynb #f81cf241
+# %% ../../nbs/71_recipes.recipe.core.ipynb #69bb38d6
 @dataclass(frozen=True, eq=False, repr=False)
 class Recipe:
     "Every choice of a method, as a plain field"
@@ -51,12 +51,15 @@ class Recipe:
     pretrained:bool=True # Start from the published weights?
     weights:str=None # A local file or folder of weights instead
     channels:int=3 # Channels of a picture: 3 or 1
+    wrap:Callable=None # What is done to the body: `wrap(body)`
     pool:Callable=GlobalAvg # From a map to a vector
     head:Callable=linear_head # From a vector to outputs: `head(n_in, n_out)`
     log_odds:bool=False # Start the outputs of many labels at their log-odds?
     size:int|tuple=224 # Side of a picture, or `(height, width)`, in pixels
     resize:tuple=() # `(share of training, share of size[, batch size])`, ...: sizes that follow each other in one fit
     scales:tuple=() # Sizes drawn at random, one a batch
+    box:Callable=None # Cuts pictures before anything else: `box(pictures, frame)`
+    twins:bool=False # Is every picture there mirrored too, as another class?
     crop:Callable=squish # From a picture to `size`: `crop(size, train)`
     augment:Callable=light # In training only: `augment(size)`
     stats:tuple=None # `(mean, std)` a channel; None for the backbone's own
@@ -84,15 +87,19 @@ class Recipe:
     parts:tuple=() # Recipes whose predictions are joined
     join:Callable=None # `join(predictions, table) -> Predictions`
     tta:tuple=(as_is,hflip) # Views averaged at prediction
+    scorer:Callable=class_scores # Class scores of pictures: `scorer(learn, dl, views, out, weight)`
     rule:Callable=None # `rule(p, table, **values) -> labels`
     tune:Callable=None # `tune(p, y, table, **keywords of the rule) -> values`, on out-of-fold predictions
 
-    def __repr__(self): return card(self)
-    def __eq__(self, other): return isinstance(other, Recipe) and self.to_json()==other.to_json()
-    def __hash__(self): return hash(self.to_json())
-
-# %% ../../nbs/71_recipes.recipe.core.ipynb #61ba9929
+# %% ../../nbs/71_recipes.recipe.core.ipynb #b2218e76
 names = [o.name for o in fields(Recipe)]
+
+@patch
+def __repr__(self:Recipe): return card(self)
+@patch
+def __eq__(self:Recipe, other): return isinstance(other, Recipe) and self.to_json()==other.to_json()
+@patch
+def __hash__(self:Recipe): return hash(self.to_json())
 
 # %% ../../nbs/71_recipes.recipe.core.ipynb #bee62567
 class BadField(TypeError): "A keyword that is no field of a recipe"

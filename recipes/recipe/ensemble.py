@@ -8,7 +8,7 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.ensemble.ht
 __all__ = ['out_of_fold', 'runs_in', 'run_fold', 'fit_parts', 'parts_of', 'run_folds', 'run_rounds', 'frame_of', 'test_scores',
            'predict_runs']
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #83b8ddf3
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #56617729
 import numpy as np, os, pandas as pd
 from dataclasses import replace
 from fastai.learner import Learner
@@ -17,7 +17,7 @@ from callbacks.checkpoint import write_whole
 from ..data.folds import assign_folds
 from ..infer.blending import blend
 from ..infer.predictions import Predictions, save_scores
-from ..infer.tta import as_is, class_scores
+from ..infer.tta import as_is
 from .build import items_of, split
 from .core import from_json
 from .folder import Run, name_of, new_folder
@@ -160,12 +160,12 @@ def frame_of(
     if isinstance(test, (str,Path)): test = sorted(o for o in Path(test).iterdir() if o.suffix.lower() in kinds)
     return pd.DataFrame(dict(id=[Path(o).stem for o in test], path=[str(o) for o in test]))
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #41f6a0f2
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #d4a43556
 def _views(learn, tta): return tta if isinstance(tta, tuple) else learn.recipe.tta if tta else (as_is,)
 
 def _scores(learn, frame, tta, out=None):
     items = items_of(learn.recipe.steps()[-1], frame)
-    return class_scores(learn, learn.dls.valid.new(items, y=None), _views(learn, tta), out)
+    return learn.recipe.scorer(learn, learn.dls.valid.new(items, y=None), _views(learn, tta), out)
 
 # %% ../../nbs/75_recipes.recipe.ensemble.ipynb #9eea13a3
 def test_scores(
@@ -220,7 +220,7 @@ def predict_runs(
     recipe = first.recipe
     return Predictions(p, list(frame.id), table, recipe.competition, recipe.rule, recipe.tune, oof=oof)
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #f8654215
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #b4fc89d8
 def _run(o): return o if isinstance(o, Run) else o.run
 
 def _oof_of(o):
@@ -228,5 +228,5 @@ def _oof_of(o):
     run = _run(o)
     if run: return run.source
     rows = np.array(o.dls.valid.dataset.rows)
-    p,ids = class_scores(o, o.dls.valid, o.recipe.tta),list(o.table.train.id.iloc[rows])
+    p,ids = o.recipe.scorer(o, o.dls.valid, o.recipe.tta),list(o.table.train.id.iloc[rows])
     return Predictions(p, ids, o.table, o.recipe.competition, o.recipe.rule, o.recipe.tune, rows, np.zeros(len(rows), int))

@@ -7,7 +7,7 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.fitting.htm
 # %% auto #0
 __all__ = ['stage_cbs', 'rates', 'search_steps', 'stage_lr', 'begin_stage', 'fit_stage', 'fit_run', 'finish', 'close']
 
-# %% ../../nbs/74_recipes.recipe.fitting.ipynb #1be21c6d
+# %% ../../nbs/74_recipes.recipe.fitting.ipynb #51af53a3
 import json, random
 from contextlib import contextmanager
 from fastai.callback.training import GradientClip
@@ -21,7 +21,6 @@ from callbacks.optim import sgd
 from callbacks.resize import MultiScale, ProgressiveResize, hw
 from callbacks.finder import lr_find
 from ..infer.predictions import save_scores
-from ..infer.tta import class_scores
 from .codec import func_of
 from .build import dls_of, learner_of, loss_of, resizes, split
 from .folder import Run
@@ -123,7 +122,7 @@ def fit_run(
             fit_stage(learn, i, checkpoint)
     return finish(learn, prior)
 
-# %% ../../nbs/74_recipes.recipe.fitting.ipynb #e4484410
+# %% ../../nbs/74_recipes.recipe.fitting.ipynb #0da70345
 def finish(
     learn, # Trained
     prior=None # `Predictions` whose values are used when nothing was held out
@@ -132,7 +131,7 @@ def finish(
     run,valid = learn.run,learn.dls.valid
     load_weights(learn.model, run.path/'model.safetensors')
     for dl in learn.dls.loaders: dl.resize(hw(run.recipe.steps()[-1].size))
-    p = class_scores(learn, valid, run.recipe.tta) if len(valid.dataset) else None
+    p = run.recipe.scorer(learn, valid, run.recipe.tta) if len(valid.dataset) else None
     close(run, p, prior)
     return learn
 

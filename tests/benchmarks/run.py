@@ -1,19 +1,22 @@
 """The benchmarks: `python tests/benchmarks/run.py [DATA] [--only name,...] [--seeds 3] [--epochs N]`
 
-DATA is a folder that holds iMet's files in `imet`; without it the built-in sample is used.
+DATA is a folder that holds each task's files in a folder of its own (`imet` and so on); without it the built-in samples are used.
 A name of `--only` stands for every benchmark that begins with it. `--epochs` replaces every training's number.
 """
 import contextlib, os, sys, tempfile
+from importlib import import_module
 from pathlib import Path
 os.environ.setdefault('MPLBACKEND', 'Agg')
 from parquet import parquet
 from result import lines
 from small import importing, loading, memory, thresholds
-from training import gpu, resnet18, seresnext50
+from training import animal, bengali, gpu, resnet18, seresnext50
 from transfer import transfer
 
 BENCHMARKS = {'import':importing, 'loader':loading, 'memory':memory, 'thresholds':thresholds,
-    'parquet':parquet, 'train-resnet18':resnet18, 'train-seresnext50':seresnext50, 'transfer':transfer, 'gpu-resnet50':gpu}
+    'parquet':parquet, 'train-resnet18':resnet18, 'train-seresnext50':seresnext50, 'train-bengali':bengali, 'train-animal':animal,
+    'transfer':transfer, 'gpu-resnet50':gpu}
+OTHER = {'train-bengali':'bengali', 'train-animal':'animal'}   # whose files they take; the rest take iMet's
 
 def options(argv):
     "The folder, the names, and the numbers of seeds and epochs"
@@ -27,12 +30,11 @@ def options(argv):
     only = tuple(given['only'].split(','))
     return data,[o for o in BENCHMARKS if o.startswith(only)],*(int(given[o] or 0) for o in ('seeds','epochs'))
 
-def imet_folder(data):
-    "Where the pictures are"
-    from recipes import imet
-    if data is None: return imet.competition.sample(1000)
-    if not (data/'imet'/'train.csv').exists(): sys.exit(f'{data} holds no imet/train.csv: give the folder that holds imet/')
-    return data/'imet'
+def folder(data, task):
+    "Where the pictures of a task are"
+    if data is None: return import_module(f'recipes.{task}').competition.sample(1000)
+    if not (data/task/'train.csv').exists(): sys.exit(f'{data} holds no {task}/train.csv: give the folder that holds {task}/')
+    return data/task
 
 @contextlib.contextmanager
 def own_folder():
@@ -46,10 +48,11 @@ def main(argv):
     data,names,seeds,epochs = options(argv)
     rows = []
     with own_folder():
-        path = imet_folder(data)
+        of = {o:OTHER.get(o, 'imet') for o in names}
+        paths = {o:folder(data, o) for o in set(of.values())}
         for name in names:
             print(f'--- {name}', flush=True)
-            new = BENCHMARKS[name](path, seeds, epochs)
+            new = BENCHMARKS[name](paths[of[name]], seeds, epochs)
             rows += new
             print('\n'.join(lines(new)), flush=True)
     print('', *lines(rows), sep='\n')

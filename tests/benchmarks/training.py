@@ -1,6 +1,7 @@
 "Training against plain fastai, and against a bare PyTorch loop on data already in memory"
 import shutil
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
@@ -10,8 +11,7 @@ from callbacks.precision import autocast_dtype, channels_last, model_channels_la
 from fastai.callback.core import Callback
 from fastai.learner import defaults
 from fastai.torch_core import default_device, set_seed
-from plain import fit_plain, faster, plain_learner, plain_score
-from recipes import imet
+from plain import answers, faster, fit_plain, plain_learner, plain_score, plain_test
 from recipes.infer.tta import as_is
 from recipes.recipe.build import model_of, split
 from result import Row
@@ -23,14 +23,24 @@ class Setup(NamedTuple):
     bs:int # Pictures in a batch
     epochs:int # Times through the data
     seeds:int # How often
-    bar:float # How many times as many images/s as plain fastai
+    bar:str='' # How many times as many images/s as plain fastai
     lr:float=None # Learning rate; looked for by both where None
+    task:str='imet' # Whose house recipe
+    quicker:str='' # How many times as fast the whole fit
+    test:bool=False # Score the test set too, where its answers are there?
+    metric:str='F2' # What the score is called
+
+    @property
+    def verbs(self):
+        "The task's module"
+        return import_module(f'recipes.{self.task}')
 
 class Done(NamedTuple):
     "What a training gave"
     rate:float # Images/s of the training epochs
     secs:float # From the table to predictions of the held-out rows
-    f2:float # Of these, thresholds found on one half and used on the other
+    score:float # Of these; thresholds found on one half and used on the other
+    test:float=None # Of the test set
 
 def _synced():
     if torch.cuda.is_available(): torch.cuda.synchronize()
@@ -61,17 +71,22 @@ def clocked():
 def recipe_of(setup, seed):
     "Our side as a recipe"
     kw = dict(arch=setup.arch, size=setup.size, bs=setup.bs, epochs=setup.epochs, seed=seed, lr=setup.lr or 'find')
-    return imet.house.but(pretrained=False, resize=(), tta=(as_is,), **kw)
+    return setup.verbs.house.but(pretrained=False, resize=(), tta=(as_is,), **kw)
 
 def ours(path, setup, seed):
     "Our training"
     with clocked() as clock:
         began = perf_counter()
-        learn = imet.train(path, recipe=recipe_of(setup, seed))
+        learn = setup.verbs.train(path, recipe=recipe_of(setup, seed))
         secs = perf_counter()-began
         done = Done(clock.rate, secs, learn.run.valid.score())
+    if has_answers(learn.table, setup):
+        labels = setup.verbs.predict(learn, tta=False).decide()
+        done = done._replace(test=learn.recipe.competition.metric(answers(learn.table), labels))
     shutil.rmtree(learn.run.path.parent)
     return done
+
+def has_answers(table, setup): return setup.test and (table.path/'answers.csv').exists()
 
 def plain(table, setup, seed, workers):
     "Plain fastai's training, on the same rows"
@@ -79,21 +94,22 @@ def plain(table, setup, seed, workers):
     with clocked() as clock:
         began = perf_counter()
         set_seed(seed)
-        learn = plain_learner(table, split(recipe, table, 0)[1], setup, workers)
+        learn = plain_learner(table, split(recipe, table, 0)[1], setup, workers, recipe.competition.watch)
         fit_plain(learn, setup)
         rate = clock.rate   # `get_preds` begins a fit
         with learn.no_bar(): p = learn.get_preds(dl=learn.dls.valid)[0].numpy()
         secs = perf_counter()-began
-    return Done(rate, secs, plain_score(p, learn, recipe, table))
+    test = plain_test(learn, recipe, table) if has_answers(table, setup) else None
+    return Done(rate, secs, plain_score(p, learn, recipe, table), test)
 
 def bare_step(table, setup):
     "One step of a bare loop, as a function"
-    device = default_device()
-    dtype,model = autocast_dtype('auto', device),model_of(recipe_of(setup, 0), table).to(device).train()
+    device,recipe = default_device(),recipe_of(setup, 0)
+    dtype,model = autocast_dtype('auto', device),model_of(recipe, table).to(device).train()
     model_channels_last(model)
     opt = torch.optim.AdamW(model.parameters(), fused=True)
     x = channels_last(torch.randn(setup.bs, 3, setup.size, setup.size, device=device))
-    y = (torch.rand(setup.bs, len(table.vocab), device=device)<.01).float()
+    y = (torch.rand(setup.bs, recipe.competition.target.of(table).n_out(table), device=device)<.01).float()
     def step():
         with torch.autocast(device.type, dtype, enabled=dtype!=torch.float32): raw = model(x)
         torch.nn.functional.binary_cross_entropy_with_logits(raw.float(), y).backward()
@@ -112,41 +128,58 @@ def bare(table, setup, secs=5):
         _synced()   # a GPU would be handed steps far ahead of doing them
     return n/(_synced()-began)
 
-def compare(path, setup, f2=True):
+def said(o, setup):
+    "A side in words"
+    test = '' if o.test is None else f', test {o.test:.4f}'
+    return f'{o.rate:.0f} images/s, {o.secs:.0f} s, {setup.metric} {o.score:.4f}{test}'
+
+def compare(path, setup, score=True):
     "All sides in turn, a seed after another"
-    table = imet.table(path)
-    with clocked() as clock: workers = faster(table, split(recipe_of(setup, 0), table, 0)[1], setup, clock)
+    table,recipe = setup.verbs.table(path),recipe_of(setup, 0)
+    with clocked() as clock: workers = faster(table, split(recipe, table, 0)[1], setup, recipe.competition.watch, clock)
     done = []
     for seed in range(setup.seeds):
         done.append((ours(path, setup, seed), plain(table, setup, seed, workers), bare(table, setup)))
         a,b,loop = done[-1]
-        print(f'seed {seed}: ours {a.rate:.0f} images/s, {a.secs:.0f} s, F2 {a.f2:.4f}; plain {b.rate:.0f} images/s, '
-            f'{b.secs:.0f} s, F2 {b.f2:.4f}; bare loop {loop:.0f} images/s', flush=True)
-    return rows_of(setup, *zip(*done), f'{workers} workers', f2)
+        print(f'seed {seed}: ours {said(a, setup)}; plain {said(b, setup)}; bare loop {loop:.0f} images/s', flush=True)
+    return rows_of(setup, *zip(*done), f'{workers} workers', score)
 
-def rows_of(setup, a, b, loop, workers, f2):
+def rows_of(setup, a, b, loop, workers, score):
     "What three lists of results say"
-    name = f'{setup.arch} {setup.size} px, batch {setup.bs}'
+    name = f'{setup.task} {setup.arch} {setup.size} px, batch {setup.bs}'
     def of(field, both, f=median): return f(getattr(o, field) for o in both)
     faster = median(o.rate/p.rate for o,p in zip(a, b))
     share = median(o.rate/p for o,p in zip(a, loop))
     quicker = median(p.secs/o.secs for o,p in zip(a, b))
-    rows = [Row(f'{name}: training images/s (other: fastai, {workers})', of('rate', a), of('rate', b), faster, f'>={setup.bar}'),
+    rows = [Row(f'{name}: training images/s (other: fastai, {workers})', of('rate', a), of('rate', b), faster, setup.bar),
         Row(f'{name}: training images/s (other: bare loop)', of('rate', a), median(loop), share),
-        Row(f'{name}: whole fit, s (other: fastai)', of('secs', a), of('secs', b), quicker)]
-    if not f2: return rows
-    x,y = of('f2', a, mean),of('f2', b, mean)
-    return [*rows, Row(f'{name}: F2, mean of {len(a)} seeds, {setup.epochs} epochs (other: fastai)', x, y, x/y, '>=1')]
+        Row(f'{name}: whole fit, s (other: fastai)', of('secs', a), of('secs', b), quicker, setup.quicker)]
+    def scores(field, what):
+        x,y = of(field, a, mean),of(field, b, mean)
+        return Row(f'{name}: {what}, mean of {len(a)} seeds, {setup.epochs} epochs (other: fastai)', x, y, x/y, '>=1')
+    if score: rows.append(scores('score', setup.metric))
+    if a[0].test is not None: rows.append(scores('test', f'{setup.metric} on the test set'))
+    return rows
 
 def _with(setup, seeds, epochs): return setup._replace(seeds=seeds or setup.seeds, epochs=epochs or setup.epochs)
 
 def resnet18(path, seeds=0, epochs=0):
     "A small network on small pictures, where the loader decides"
-    return compare(path, _with(Setup('resnet18', 64, 64, 8, 3, 2.), seeds, epochs))
+    return compare(path, _with(Setup('resnet18', 64, 64, 8, 3, '>=2'), seeds, epochs))
 
 def seresnext50(path, seeds=0, epochs=0):
     "The house network; one seed, unless told otherwise, as it is slow"
-    return compare(path, _with(Setup('seresnext50_32x4d', 128, 32, 4, 1, 1.6), seeds, epochs))
+    return compare(path, _with(Setup('seresnext50_32x4d', 128, 32, 4, 1, '>=1.6'), seeds, epochs))
+
+def _bars(task, metric): return dict(task=task, metric=metric, quicker='>=1', test=True)
+
+def bengali(path, seeds=0, epochs=0):
+    "Three labels a picture"
+    return compare(path, _with(Setup('resnet18', 64, 64, 8, 3, **_bars('bengali', 'macro recall')), seeds, epochs))
+
+def animal(path, seeds=0, epochs=0):
+    "One label, with classes of very different size"
+    return compare(path, _with(Setup('resnet18', 48, 64, 20, 3, **_bars('animal', 'accuracy')), seeds, epochs))
 
 def repeated(path, to, times=20):
     "iMet's files with every training picture `times` times, as links"
@@ -164,4 +197,4 @@ def gpu(path, seeds=0, epochs=0):
     "A GPU kept busy: 224 pixels, rows repeated; F2 says nothing, as copies are on both sides of the split"
     if not torch.cuda.is_available(): return print('no GPU: left out') or []
     big = repeated(path, 'repeated')
-    return compare(big, _with(Setup('resnet50', 224, 128, 3, 1, 1.3, 1e-3), seeds, epochs), f2=False)
+    return compare(big, _with(Setup('resnet50', 224, 128, 3, 1, '>=1.3', 1e-3), seeds, epochs), score=False)
