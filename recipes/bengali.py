@@ -33,7 +33,7 @@ from .recall import hmacro_recall, hmar
 from .recipe.core import Competition, Recipe
 from .recipe.task import verbs
 
-# %% ../nbs/81_recipes.bengali.ipynb #91c7ae9f
+# %% ../nbs/81_recipes.bengali.ipynb #08145926
 def draw(
     n:int=1000 # Training pictures
 )->Path: # The folder
@@ -41,7 +41,7 @@ def draw(
     return sample('bengali', n)
 
 competition = Competition('bengali', 'bengaliai-cv19', read_graphemes, MultiHead(HEADS), hmacro_recall, write_graphemes, draw,
-    watch=hmar, sample_fields=dict(pretrained=False, arch='resnet18', size=(40,64), epochs=8, bs=32, resize=()))
+    watch=hmar, sample_fields=dict(pretrained=False, arch='resnet18', size=(40,64), epochs=8, bs=32, resize=(), folds=5))
 
 # %% ../nbs/81_recipes.bengali.ipynb #11db993d
 half = (.5,)*3,(.5,)*3
@@ -72,13 +72,13 @@ starter = Recipe(competition, 'starter', 'The starter kernel: DenseNet, a head w
     schedule=partial(one_cycle, pct_start=0., div=100.), bs=128, epochs=32, folds=partial(contiguous, n=4), tta=(as_is,),
     rule=likeliest_heads, assumed=('opt','augment'))
 
-# %% ../nbs/81_recipes.bengali.ipynb #5494cc30
+# %% ../nbs/81_recipes.bengali.ipynb #ec8b86a1
 argus_stages = (dict(size=128, bs=313, epochs=30, lr=scaled_lr(313, 1e-3)),dict(bs=156, epochs=100, lr=scaled_lr(156, 1e-3)),
     dict(bs=156, epochs=10, lr=1e-4, mix=None))
 argus = Recipe(competition, 'argus', 'CutMix at two sizes, GridMask, the hardest four fifths, averaged weights', arch='tf_efficientnet_b3_ns',
     size=(137,236), augment=argus_mask, loss=partial(MultiHeadLoss, smooth=.1, hardest=.8), mix=CutMix, opt=adamw,
     schedule=partial(cosine, floor=1e-5), ema=partial(EMA, decay=.9999), epochs=140,
-    stages=argus_stages, folds=partial(unseen_graphemes, n=5, held=200), tta=(as_is,), rule=likeliest_heads, assumed=('stats','lr'))
+    stages=argus_stages, folds=partial(unseen_graphemes, n=5, held=200), tta=(as_is,), rule=likeliest_heads)
 
 # %% ../nbs/81_recipes.bengali.ipynb #51a234d4
 house = Recipe(competition, 'house', 'Growing pictures of their own shape, CutMix, one cycle', arch='seresnext50', size=(137,236),

@@ -27,17 +27,17 @@ def plot_history(
         if cols: ax.legend()
     return fig
 
-# %% ../nbs/60_recipes.look.ipynb #0f4e517d
+# %% ../nbs/60_recipes.look.ipynb #27291eb9
 def plot_plan(
     recipe # A `Recipe`
 ): # The axes
     "Learning rate over the epochs of all stages"
     ax,start = plt.subplots(figsize=(6,2.5))[1],0
     for step in recipe.steps():
-        lr = 1. if step.lr=='find' else step.lr
+        lr = np.array(1. if step.lr=='find' else step.lr)   # one a group, where there are several
         pos = np.linspace(0, 1, 200)
         rates = [o for o in step.schedule(lr, step.epochs) if hasattr(o, 'at') and callable(o.at)]
-        y = [rates[0].at(p, lr) for p in pos] if rates else [lr]*len(pos)
+        y = np.array([rates[0].at(p, lr) for p in pos] if rates else [lr]*len(pos))
         ax.plot(start+pos*step.epochs, y)
         start += step.epochs
     ax.set(xlabel='epoch', ylabel='share of lr' if recipe.lr=='find' else 'lr')

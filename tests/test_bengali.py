@@ -188,8 +188,9 @@ def test_argus_cells():
     assert {cells() for _ in range(100)}=={3,4,5,6,7}
 
 def test_house():
+    "The picture's own shape in the end, never mirrored; its numbers may change"
     r = bengali.house
-    assert (r.size, r.resize, r.lr, r.mix().ways[0][1:])==((137,236), ((0,.6),(.4,.8),(.7,1.)), 'find', (1.,.5))
+    assert (r.size, r.lr, r.resize[0][0], r.resize[-1][1])==((137,236), 'find', 0, 1) and 0<r.mix().ways[0][2]<1
     assert r.tta==(as_is,) and not any('Flip' in type(o).__name__ for o in r.augment((137,236)))
     raw,ys = batch()
     assert torch.allclose(loss_like(r)(raw, *ys), by_hand(raw, ys).mean())

@@ -8,17 +8,16 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.ensemble.ht
 __all__ = ['out_of_fold', 'runs_in', 'run_fold', 'fit_parts', 'parts_of', 'run_folds', 'run_rounds', 'frame_of', 'test_scores',
            'predict_runs']
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #56617729
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #2bd97e33
 import numpy as np, os, pandas as pd
 from dataclasses import replace
 from fastai.learner import Learner
 from pathlib import Path
 from callbacks.checkpoint import write_whole
-from ..data.folds import assign_folds
 from ..infer.blending import blend
 from ..infer.predictions import Predictions, save_scores
 from ..infer.tta import as_is
-from .build import items_of, split
+from .build import folds_of, items_of, split
 from .core import from_json
 from .folder import Run, name_of, new_folder
 from .fitting import close, fit_run
@@ -102,7 +101,7 @@ def parts_of(
 # %% ../../nbs/75_recipes.recipe.ensemble.ipynb #e3f9045d
 def _join(recipe, preds, table): return recipe.join(preds, table) if recipe.join else blend(preds)
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #6290a363
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #78e0364d
 def run_folds(
     recipe, # A `Recipe`
     table, # The `Table` as read
@@ -114,7 +113,7 @@ def run_folds(
     folder = Path(folder or new_folder(recipe))
     old = sorted(folder.glob('*/recipe.json'))
     if old: recipe = Run(old[0].parent, table=table, modules=modules_of(recipe)).recipe
-    folds = recipe.run_folds or range(assign_folds(table, recipe.folds, recipe.seed).max()+1)
+    folds = recipe.run_folds or range(folds_of(recipe, table).max()+1)
     if parallel>1: train_apart(recipe, table, folds, folder, prior, parallel)
     runs = []
     for fold in folds:

@@ -103,7 +103,7 @@ def _checkpoint(run):
     name = getattr(comp.watch, '__name__', 'valid_loss')
     return Checkpoint(run.path, name if run.fold!='all' else None, comp.higher if comp.watch else False)
 
-# %% ../../nbs/74_recipes.recipe.fitting.ipynb #f0b96e48
+# %% ../../nbs/74_recipes.recipe.fitting.ipynb #123c4530
 def fit_run(
     run:Run, # New, or one that was stopped
     prior=None # `Predictions` that a round starts from
@@ -115,7 +115,7 @@ def fit_run(
     set_seed(recipe.seed)
     more = recipe.data(run.table, prior) if recipe.data else None
     learn = learner_of(recipe.steps()[first], run.table, fold=run.fold, bare=bool(state))
-    learn.run,learn.state,checkpoint = run,state,_checkpoint(run)
+    learn.recipe,learn.run,learn.state,checkpoint = recipe,run,state,_checkpoint(run)
     with _says_how_to_go_on(run):
         for i in range(first, len(recipe.steps())):
             begin_stage(learn, i, more)

@@ -156,12 +156,12 @@ def last(self:Run)->dict: # From `fit_state`, or None before the first epoch's e
     f = self.path/'last.ckpt'
     return torch.load(f, map_location='cpu', weights_only=True) if f.exists() else None
 
-# %% ../../nbs/73_recipes.recipe.folder.ipynb #298a6ec8
+# %% ../../nbs/73_recipes.recipe.folder.ipynb #b9c1fb1b
 @patch
 def learner(self:Run): # A trained `RecipeLearner`
     "The learner with the best weights"
-    learn = learner_of(self.recipe, self.table, fold=self.fold, bare=True)
-    learn.run = self
+    learn = learner_of(self.recipe.steps()[-1], self.table, fold=self.fold, bare=True)
+    learn.recipe,learn.run = self.recipe,self
     load_weights(learn.model, self.path/'model.safetensors')
     return learn
 

@@ -19,16 +19,18 @@ from .ensemble import fit_parts, out_of_fold, predict_runs, run_rounds, runs_in
 from .fitting import fit_run
 from .folder import Run, make_run, read_table
 
-# %% ../../nbs/76_recipes.recipe.task.ipynb #c84ece64
+# %% ../../nbs/76_recipes.recipe.task.ipynb #f9bab20d
 def settle(
     recipe:Recipe, # As asked for
     table, # Its `overrides` are those of a built-in sample
     given:dict # Fields that the user passed
 )->Recipe: # What will be trained
-    "A recipe with the user's fields, and a sample's for the rest"
+    "A recipe with the user's fields, and a sample's for the rest; they hold for all stages"
     extra = {k:v for k,v in table.overrides.items() if k not in given}
     if extra: print(f'the built-in sample sets {", ".join(f"{k}={v!r}" for k,v in extra.items())}')
-    return recipe.but(**extra|given)
+    said = {*extra,*given}-({'epochs'}-extra.keys())   # epochs that the user gives are those of all stages together
+    stages = tuple({k:v for k,v in o.items() if k not in said} for o in recipe.stages)
+    return recipe.but(**dict(stages=stages)|extra|given)
 
 # %% ../../nbs/76_recipes.recipe.task.ipynb #a6918899
 def _prior(prior):
