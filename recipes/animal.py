@@ -7,12 +7,12 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.animal.html.md"""
 # %% auto #0
 __all__ = ['competition', 'stefano', 'house', 'table', 'dls', 'learner', 'train', 'cross_validate', 'predict', 'draw']
 
-# %% ../nbs/82_recipes.animal.ipynb #6e9c3b45
+# %% ../nbs/82_recipes.animal.ipynb #7da0041c
 from functools import partial
 from pathlib import Path
 from callbacks.optim import adamw, radam
 from callbacks.schedule import cosine, one_cycle
-from .data.augment import random_resized_crop, squish
+from .data.augment import squish
 from .data.fixtures import sample
 from .data.masks import animal_house, animal_stefano
 from .data.single import deal_folds, read_single, write_single
@@ -40,11 +40,10 @@ stefano = Recipe(competition, 'stefano', 'EfficientNet-B1 from scratch, RAdam, c
     crop=squish, augment=animal_stefano, loss=SoftmaxLoss, opt=partial(radam, wd=1e-2), lr=1e-3, schedule=partial(cosine, floor=1e-5),
     epochs=50, bs=64, folds=partial(deal_folds, n=3), tta=(as_is,hflip), rule=likeliest, assumed=('augment','opt','lr','schedule'))
 
-# %% ../nbs/82_recipes.animal.ipynb #8a58ec33
-house = Recipe(competition, 'house', 'Growing random crops, one cycle', arch='seresnext50', pretrained=False, size=224, resize=((0,.6),(.4,.8),(.7,1.)),
-    crop=partial(random_resized_crop, scale=(.6,1.), valid='squish'), augment=animal_house, head=partial(linear_head, drop=.2),
-    loss=SoftmaxLoss, opt=partial(adamw, wd=.05), lr='find', schedule=one_cycle, epochs=40, bs=32, folds=partial(deal_folds, n=5),
-    tta=(as_is,hflip), rule=likeliest)
+# %% ../nbs/82_recipes.animal.ipynb #84cd040e
+house = Recipe(competition, 'house', 'Moved, turned and lit, one cycle at the rate found', arch='seresnext50', pretrained=False, size=224,
+    crop=squish, augment=animal_house, head=partial(linear_head, drop=.2), loss=SoftmaxLoss, opt=partial(adamw, wd=.05), lr='find',
+    schedule=one_cycle, epochs=40, bs=32, folds=partial(deal_folds, n=5), tta=(as_is,hflip), rule=likeliest)
 house
 
 # %% ../nbs/82_recipes.animal.ipynb #e3b86d4c
