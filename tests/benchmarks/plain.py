@@ -13,6 +13,7 @@ from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageBlock
 from fastai.vision.learner import vision_learner
 from functools import partial
+from callbacks.resize import hw
 from recipes.data.graphemes import HEADS
 from recipes.data.loaders import Arrays
 from recipes.data.settings import setting
@@ -48,7 +49,21 @@ def animal_side(table, size):
     blocks,get_y = (CategoryBlock(vocab=table.vocab),),[lambda row: table.vocab[table.y[row]]]
     return Side(blocks, get_y, CrossEntropyLossFlat(), len(table.vocab), Resize(size))
 
-SIDES = dict(imet=imet_side, bengali=bengali_side, animal=animal_side)
+def whale_side(table, size):
+    "One id, nobody known as one more class; squished, and not mirrored, as flukes are not alike on both sides"
+    vocab = [*table.vocab,'new_whale']
+    blocks,get_y = (CategoryBlock(vocab=vocab, sort=False),),[lambda row: vocab[table.y[row]]]
+    return Side(blocks, get_y, CrossEntropyLossFlat(), len(vocab), Resize(hw(size), 'squish'), flip=False)
+
+SIDES = dict(imet=imet_side, bengali=bengali_side, animal=animal_side, whale=whale_side)
+
+def ids_of(p, table):
+    "Scores of the classes that a rule wants: of ids, without nobody known"
+    return p[:,:len(table.vocab)] if not table.is_multi else p
+
+def seen(y, p, watch, table):
+    "`watch` on those scores"
+    return watch(y, ids_of(p, table), table=table)
 
 def pictures(table):
     "Training pictures, then those of the test set: files, or arrays"
@@ -65,7 +80,7 @@ def plain_dls(table, held, setup, workers):
 def plain_learner(table, held, setup, workers, watch):
     "`vision_learner`, watched by the same metric as ours; fp16 where there is a GPU"
     dls,side = plain_dls(table, held, setup, workers),SIDES[setup.task](table, setup.size)
-    kw = dict(n_out=side.n_out, loss_func=side.loss, metrics=EpochMetric(partial(watch, table=table)))
+    kw = dict(n_out=side.n_out, loss_func=side.loss, metrics=EpochMetric(partial(seen, watch=watch, table=table), watch.__name__))
     learn = vision_learner(dls, setup.arch, pretrained=False, **kw)
     return learn.to_fp16() if torch.cuda.is_available() else learn
 
@@ -75,24 +90,26 @@ def fit_plain(learn, setup):
         lr = setup.lr or float(np.clip(learn.lr_find(suggest_funcs=valley, show_plot=False).valley, 1e-3, 1e-2))
         learn.fit_one_cycle(setup.epochs, lr, cbs=SaveModelCallback(learn.metrics[0].name))
 
-def plain_score(p, learn, recipe, table):
-    "The metric on held-out scores, the rule's values found as ours are"
+def plain_oof(p, learn, recipe, table):
+    "Held-out scores, whose rule's values are found as ours are"
     rows = np.array([int(o) for o in learn.dls.valid.items])
     kw = dict(table=table, competition=recipe.competition, rule=recipe.rule, tune=recipe.tune)
-    return Predictions(p, list(table.train.id.iloc[rows]), rows=rows, folds=np.zeros(len(rows), int), **kw).score()
+    return Predictions(ids_of(p, table), list(table.train.id.iloc[rows]), rows=rows, folds=np.zeros(len(rows), int), **kw)
 
 def answers(table):
     "Class indices of the test pictures, where the folder says what they are"
-    df = pd.read_csv(table.path/'answers.csv', dtype=str, keep_default_na=False).set_index('image_id').loc[table.test.id]
+    df = pd.read_csv(table.path/'answers.csv', dtype=str, keep_default_na=False)
+    df = df.set_index(df.columns[0]).loc[table.test.id]
+    if 'Id' in df: return np.where(df.Id=='new_whale', len(table.vocab), pd.Index(table.vocab).get_indexer(df.Id))
     heads = zip(HEADS, table.vocab) if table.is_multi else [('label', table.vocab)]
     y = np.stack([pd.Index(v).get_indexer(df[k]) for k,v in heads], 1)
     return y if table.is_multi else y[:,0]
 
-def plain_test(learn, recipe, table):
-    "The metric on the test set, decided as ours is"
+def plain_test(learn, recipe, table, values):
+    "The metric on the test set, decided as ours is, with values found on held-out rows"
     n,m = len(table.train),len(table.test)
     with learn.no_bar(): p = learn.get_preds(dl=learn.dls.test_dl(range(n, n+m)))[0].numpy()
-    return recipe.competition.metric(answers(table), recipe.rule(p, table))
+    return recipe.competition.metric(answers(table), recipe.rule(ids_of(p, table), table, **values))
 
 def probe(table, held, setup, workers, watch, clock):
     "Images/s of part of an epoch, after another that warms up"
@@ -103,6 +120,7 @@ def probe(table, held, setup, workers, watch, clock):
     return clock.rate
 
 def faster(table, held, setup, watch, clock):
-    "The number of loading processes that suits plain fastai better"
+    "The number of loading processes that suits plain fastai better, and its images/s with them"
     counts = (setting('workers'),os.cpu_count()) if torch.cuda.is_available() else (0,2)
-    return max(counts, key=lambda o: probe(table, held, setup, o, watch, clock))
+    rates = {o:probe(table, held, setup, o, watch, clock) for o in counts}
+    return max(rates.items(), key=lambda o: o[1])

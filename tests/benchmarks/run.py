@@ -7,16 +7,22 @@ import contextlib, os, sys, tempfile
 from importlib import import_module
 from pathlib import Path
 os.environ.setdefault('MPLBACKEND', 'Agg')
+from inclusive import inclusive
+from keypoints import keypoints
+from multilabel import calibrate, classes, expected
+from pairs import assignment, mining, scoring
 from parquet import parquet
 from result import lines
+from retrieval import retrieval
 from small import importing, loading, memory, thresholds
-from training import animal, bengali, gpu, resnet18, seresnext50
+from training import animal, bengali, gpu, resnet18, seresnext50, whale
 from transfer import transfer
 
 BENCHMARKS = {'import':importing, 'loader':loading, 'memory':memory, 'thresholds':thresholds,
-    'parquet':parquet, 'train-resnet18':resnet18, 'train-seresnext50':seresnext50, 'train-bengali':bengali, 'train-animal':animal,
-    'transfer':transfer, 'gpu-resnet50':gpu}
-OTHER = {'train-bengali':'bengali', 'train-animal':'animal'}   # whose files they take; the rest take iMet's
+    'retrieval':retrieval, 'parquet':parquet, 'train-resnet18':resnet18, 'train-seresnext50':seresnext50, 'train-bengali':bengali,
+    'train-animal':animal, 'train-whale':whale, 'assignment':assignment, 'mining':mining, 'scoring':scoring, 'keypoints':keypoints,
+    'classes':classes, 'expected':expected, 'calibrate':calibrate, 'scale':inclusive, 'transfer':transfer, 'gpu-resnet50':gpu}
+OTHER = {f'train-{o}':o for o in ('bengali','animal','whale')} | dict(keypoints='whale')   # whose files they take; the rest take iMet's
 
 def options(argv):
     "The folder, the names, and the numbers of seeds and epochs"

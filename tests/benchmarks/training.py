@@ -6,20 +6,23 @@ from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
 from typing import NamedTuple
-import pandas as pd, torch
+import numpy as np, pandas as pd, torch
 from callbacks.precision import autocast_dtype, channels_last, model_channels_last
 from fastai.callback.core import Callback
 from fastai.learner import defaults
 from fastai.torch_core import default_device, set_seed
-from plain import answers, faster, fit_plain, plain_learner, plain_score, plain_test
+from plain import answers, faster, fit_plain, plain_learner, plain_oof, plain_test
+from callbacks.resize import hw
 from recipes.infer.tta import as_is
-from recipes.recipe.build import model_of, split
+from recipes.ranking import map5
+from recipes.recipe.build import model_of, split, target_of
+from recipes.whale import house
 from result import Row
 
 class Setup(NamedTuple):
     "What both sides have in common"
     arch:str # A timm name
-    size:int # Side, pixels
+    size:int # Side, or height and width, pixels
     bs:int # Pictures in a batch
     epochs:int # Times through the data
     seeds:int # How often
@@ -29,6 +32,8 @@ class Setup(NamedTuple):
     quicker:str='' # How many times as fast the whole fit
     test:bool=False # Score the test set too, where its answers are there?
     metric:str='F2' # What the score is called
+    same_time:bool=False # Does plain fastai get as many epochs as fit into our time?
+    fields:dict={} # Fields of our recipe that stay as they are
 
     @property
     def verbs(self):
@@ -71,7 +76,7 @@ def clocked():
 def recipe_of(setup, seed):
     "Our side as a recipe"
     kw = dict(arch=setup.arch, size=setup.size, bs=setup.bs, epochs=setup.epochs, seed=seed, lr=setup.lr or 'find')
-    return setup.verbs.house.but(pretrained=False, resize=(), tta=(as_is,), **kw)
+    return setup.verbs.house.but(**dict(pretrained=False, resize=(), tta=(as_is,))|kw|setup.fields)
 
 def ours(path, setup, seed):
     "Our training"
@@ -81,7 +86,7 @@ def ours(path, setup, seed):
         secs = perf_counter()-began
         done = Done(clock.rate, secs, learn.run.valid.score())
     if has_answers(learn.table, setup):
-        labels = setup.verbs.predict(learn, tta=False).decide()
+        labels = setup.verbs.predict(learn).decide()
         done = done._replace(test=learn.recipe.competition.metric(answers(learn.table), labels))
     shutil.rmtree(learn.run.path.parent)
     return done
@@ -99,8 +104,9 @@ def plain(table, setup, seed, workers):
         rate = clock.rate   # `get_preds` begins a fit
         with learn.no_bar(): p = learn.get_preds(dl=learn.dls.valid)[0].numpy()
         secs = perf_counter()-began
-    test = plain_test(learn, recipe, table) if has_answers(table, setup) else None
-    return Done(rate, secs, plain_score(p, learn, recipe, table), test)
+    oof = plain_oof(p, learn, recipe, table)
+    test = plain_test(learn, recipe, table, oof.values) if has_answers(table, setup) else None
+    return Done(rate, secs, oof.score(), test)
 
 def bare_step(table, setup):
     "One step of a bare loop, as a function"
@@ -108,8 +114,8 @@ def bare_step(table, setup):
     dtype,model = autocast_dtype('auto', device),model_of(recipe, table).to(device).train()
     model_channels_last(model)
     opt = torch.optim.AdamW(model.parameters(), fused=True)
-    x = channels_last(torch.randn(setup.bs, 3, setup.size, setup.size, device=device))
-    y = (torch.rand(setup.bs, recipe.competition.target.of(table).n_out(table), device=device)<.01).float()
+    x = channels_last(torch.randn(setup.bs, 3, *hw(setup.size), device=device))
+    y = (torch.rand(setup.bs, target_of(recipe, table).n_out(table), device=device)<.01).float()
     def step():
         with torch.autocast(device.type, dtype, enabled=dtype!=torch.float32): raw = model(x)
         torch.nn.functional.binary_cross_entropy_with_logits(raw.float(), y).backward()
@@ -136,11 +142,13 @@ def said(o, setup):
 def compare(path, setup, score=True):
     "All sides in turn, a seed after another"
     table,recipe = setup.verbs.table(path),recipe_of(setup, 0)
-    with clocked() as clock: workers = faster(table, split(recipe, table, 0)[1], setup, recipe.competition.watch, clock)
+    with clocked() as clock: workers,rate = faster(table, split(recipe, table, 0)[1], setup, recipe.competition.watch, clock)
     done = []
     for seed in range(setup.seeds):
-        done.append((ours(path, setup, seed), plain(table, setup, seed, workers), bare(table, setup)))
-        a,b,loop = done[-1]
+        a = ours(path, setup, seed)
+        epochs = round(a.secs*rate/len(split(recipe, table, 0)[0])) if setup.same_time else setup.epochs
+        b,loop = plain(table, setup._replace(epochs=max(1, epochs)), seed, workers),bare(table, setup)
+        done.append((a, b, loop))
         print(f'seed {seed}: ours {said(a, setup)}; plain {said(b, setup)}; bare loop {loop:.0f} images/s', flush=True)
     return rows_of(setup, *zip(*done), f'{workers} workers', score)
 
@@ -180,6 +188,17 @@ def bengali(path, seeds=0, epochs=0):
 def animal(path, seeds=0, epochs=0):
     "One label, with classes of very different size"
     return compare(path, _with(Setup('resnet18', 48, 64, 20, 3, **_bars('animal', 'accuracy')), seeds, epochs))
+
+WHALE = dict(size=(64,128), resize=house.resize, tta=house.tta)
+
+def whale(path, seeds=0, epochs=0):
+    "Identities, against a classifier that is given as much time, and against answering that nobody is known"
+    setup = Setup('resnet18', (64,128), 32, 40, 3, task='whale', metric='MAP@5', test=True, same_time=True, fields=WHALE)
+    rows = compare(path, _with(setup, seeds, epochs))
+    table = setup.verbs.table(path)
+    if not has_answers(table, setup): return rows
+    alone = map5(answers(table), np.full((len(table.test),1), len(table.vocab)))
+    return [*rows,Row('whale: MAP@5 on the test set (other: new_whale alone)', rows[-1].ours, alone, rows[-1].ours/alone, '>=1')]
 
 def repeated(path, to, times=20):
     "iMet's files with every training picture `times` times, as links"
