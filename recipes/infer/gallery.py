@@ -7,8 +7,9 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.infer.gallery.html
 # %% auto #0
 __all__ = ['unit', 'similarities', 'nearest', 'known', 'id_centres', 'max_by_id', 'id_scores']
 
-# %% ../../nbs/58_recipes.infer.gallery.ipynb #cb80defc
-import numpy as np
+# %% ../../nbs/58_recipes.infer.gallery.ipynb #0f63ef6d
+import numpy as np, os
+from concurrent.futures import ThreadPoolExecutor
 from ..ranking import top_k
 
 # %% ../../nbs/58_recipes.infer.gallery.ipynb #4ef48ac1
@@ -91,23 +92,28 @@ def id_centres(
         keep = _trimmed((vectors*c[np.where(keep, y, 0)]).sum(1), y, n, keep)
     return _centres(vectors, y, n, keep)
 
-# %% ../../nbs/58_recipes.infer.gallery.ipynb #d74dce5c
+# %% ../../nbs/58_recipes.infer.gallery.ipynb #217b7b07
 def _by_id(y, n):
-    "Positions in the order of their ids, where each id begins, and the ids"
+    "Positions in the order of their ids, and how many each id has"
     order = np.argsort(np.where(known(y, n), y, n), kind='stable')[:known(y, n).sum()]
-    ids,starts = np.unique(y[order], return_index=True)
-    return order,starts,ids
+    return order,np.bincount(y[order], minlength=n)
 
-# %% ../../nbs/58_recipes.infer.gallery.ipynb #b7d70d88
+# %% ../../nbs/58_recipes.infer.gallery.ipynb #441db8cd
 def max_by_id(
     blocks, # Yields slices of queries, and their similarities to pictures, `rows x m`
     y:np.ndarray, # Class indices of the pictures
     out:np.ndarray # `n x ids`, written to
 )->np.ndarray: # `out`
     "The greatest similarity to a picture of each id"
-    order,starts,ids = _by_id(np.asarray(y), out.shape[1])
-    out[:] = -1
-    for rows,b in blocks: out[rows,ids] = np.maximum.reduceat(b.take(order, 1), starts, 1) if len(ids) else -1
+    order,count = _by_id(np.asarray(y), out.shape[1])
+    ready = np.array_equal(order, np.arange(len(y)))   # pictures that lie id by id need no sorting, a block after another
+    last,starts = np.flatnonzero(count).max(initial=-1)+1,count.cumsum()-count
+    def fill(o, b):
+        if last: np.maximum.reduceat(b if ready else b.take(order, 1), starts[:last], 1, out=o[:,:last])
+        o[:,count==0] = -1
+    n = os.cpu_count() or 1
+    with ThreadPoolExecutor(n) as pool:   # NumPy lets go of the interpreter meanwhile
+        for rows,b in blocks: list(pool.map(fill, np.array_split(out[rows], n), np.array_split(b, n)))
     return out
 
 def id_scores(
@@ -120,7 +126,9 @@ def id_scores(
     "How alike queries and ids are"
     if how not in ('max','mean','centre'): raise ValueError(f"ids are scored by 'max', 'mean' or 'centre', not {how!r}")
     y,out = np.asarray(y),np.empty((len(queries), n), np.float32)
-    if how=='max': return max_by_id(similarities(queries, gallery), y, out)
+    if how=='max':
+        order = _by_id(y, n)[0]
+        return max_by_id(similarities(queries, np.asarray(gallery)[order]), y[order], out)
     ok = known(y, n)
     count = np.bincount(y[ok], minlength=n)
     if how=='centre': c = id_centres(gallery, y, n)
