@@ -111,12 +111,14 @@ def set_fit_state(
     set_rng_state(state['rng'], learn.dls)
     return state['epoch']
 
-# %% ../nbs/16_callbacks.checkpoint.ipynb #c18d72b1
+# %% ../nbs/16_callbacks.checkpoint.ipynb #1e3dd1cb
 class ResumableLearner(Learner):
     "A `Learner` whose next fit goes on from `self.state` when that is set"
     state = None
     def _do_fit(self):
         start,self.state = 0 if self.state is None else set_fit_state(self, self.state),None
+        bar = getattr(getattr(self, 'progress', None), 'mbar', None)
+        if start and bar: bar.update(0)   # fastprogress cannot begin with a later one
         for self.epoch in range(start, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
 # %% ../nbs/16_callbacks.checkpoint.ipynb #fc921cc1

@@ -5,7 +5,8 @@ from PIL import Image, ImageEnhance
 from recipes.data.draw_whales import draw_whale
 from recipes.data.duplicates import find_copies, look_same, near_pairs, phashes, same_pictures, standardised
 from recipes.data.identities import read_identities
-from recipes.data.same_ids import answer, known_answers, put_first, without_copies
+from recipes.data.same_ids import known_answers, without_copies
+from recipes.infer.postprocess import answered
 from recipes.data.table import Table
 pytest.importorskip('imagehash')
 
@@ -124,9 +125,8 @@ def test_answers(drawn, table):
     (name,classes), = known.items()
     assert [table.vocab[i] for i in classes]==[truth[name]]
     rest = [i for i in range(7) if i not in classes][:5]
-    out = answer([name,'x'], np.array([rest,rest]), known)
+    out = answered(np.array([rest,rest]), [name,'x'], known)
     assert out.tolist()==[[*classes,*rest[:4]],rest]
-    assert put_first(np.array([3,1,2,0,4]), [2,9]).tolist()==[2,9,3,1,0]
 
 def test_fast():
     "30,000 hashes in seconds"

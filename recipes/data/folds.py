@@ -16,12 +16,12 @@ from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
 from sklearn.model_selection import StratifiedKFold
 from .table import Table
 
-# %% ../../nbs/24_recipes.data.folds.ipynb #20fa04e4
+# %% ../../nbs/24_recipes.data.folds.ipynb #f43a5daf
 def one_hot(
     table:Table # Any kind of target
 )->sparse.csr_matrix: # Rows by classes (of all heads side by side) of 0 and 1
     "The truth of the train rows with a column a class"
-    if sparse.issparse(table.y): return table.y.tocsr()
+    if sparse.issparse(table.y): return (table.y!=0).astype(np.float32).tocsr()   # also of soft labels
     ys = table.y if table.y.ndim==2 else table.y[:,None]
     def _one(y): return sparse.csr_matrix((np.ones(len(y), np.float32), (np.arange(len(y)), y)), shape=(len(y), y.max()+1))
     return sparse.hstack([_one(y) for y in ys.T], format='csr')

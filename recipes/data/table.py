@@ -34,7 +34,7 @@ def labels_to_csr(
     problems.add('no_label', file, 'row without a label', none, 'label them or drop the rows')
     return y
 
-# %% ../../nbs/23_recipes.data.table.ipynb #ad68ea7b
+# %% ../../nbs/23_recipes.data.table.ipynb #3a71b370
 @dataclass(eq=False, repr=False)
 class Table:
     "A competition's files, read and checked"
@@ -45,6 +45,7 @@ class Table:
     names:list=None # Names to show instead of labels, same shape
     groups:dict=field(default_factory=dict) # Name of a group of classes -> their indices
     mask:sparse.csr_matrix=None # Entries of `y` that were verified, where the files say so
+    soft:sparse.csr_matrix=None # What is learned instead of `y`, rows by classes, 0 to 1: a round's teacher
     sample:pd.DataFrame=None # The sample submission
     path:Path=None # Folder read from
     said:list=field(default_factory=list) # What the user should know, e.g. classes without a picture
@@ -111,7 +112,7 @@ def __repr__(self:Table):
     if cols: res.append(f'also in train: {", ".join(cols)}')
     return '\n'.join(res + self.said)
 
-# %% ../../nbs/23_recipes.data.table.ipynb #75f3764d
+# %% ../../nbs/23_recipes.data.table.ipynb #d524b26f
 @patch
 def subset(self:Table,
     keep:np.ndarray # Positions of the train rows, in the order wanted, or a boolean a row
@@ -119,8 +120,8 @@ def subset(self:Table,
     "The table with some of its training rows"
     keep = np.asarray(keep)
     keep = np.flatnonzero(keep) if keep.dtype==bool else keep.astype(int)
-    mask = None if self.mask is None else self.mask[keep]
-    return replace(self, train=self.train.iloc[keep].reset_index(drop=True), y=self.y[keep], mask=mask)
+    more = {o:getattr(self, o)[keep] for o in ('mask','soft') if getattr(self, o) is not None}
+    return replace(self, train=self.train.iloc[keep].reset_index(drop=True), y=self.y[keep], **more)
 
 # %% ../../nbs/23_recipes.data.table.ipynb #a8a16a31
 @patch

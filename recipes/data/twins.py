@@ -7,14 +7,15 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.data.twins.html.md
 # %% auto #0
 __all__ = ['twin_rows', 'either_side']
 
-# %% ../../nbs/28g_recipes.data.twins.ipynb #156e6d72
+# %% ../../nbs/28g_recipes.data.twins.ipynb #2818b515
 import numpy as np, pandas as pd
 from dataclasses import replace
+from scipy import sparse
 from .groups import Picked
 from .samplers import TopUp
 from .table import Table
 
-# %% ../../nbs/28g_recipes.data.twins.ipynb #a6b4014c
+# %% ../../nbs/28g_recipes.data.twins.ipynb #a5189d2f
 def twin_rows(
     table:Table # With an id or nobody known for each row
 )->Table: # `mirrored` is a column more; the test set stays as it is
@@ -23,6 +24,7 @@ def twin_rows(
     y = np.where(table.y>=n, 2*n, table.y)
     train = pd.concat([table.train.assign(mirrored=o) for o in (False,True)], ignore_index=True)
     both = dict(vocab=[*table.vocab,*(f'{o} mirrored' for o in table.vocab)], names=[*table.names,*names])
+    if table.soft is not None: both['soft'] = sparse.block_diag([table.soft]*2, 'csr')
     return replace(table, train=train, y=np.concatenate([y, np.where(y<n, y+n, y)]), **both)
 
 # %% ../../nbs/28g_recipes.data.twins.ipynb #10bdfcc1

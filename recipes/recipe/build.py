@@ -129,7 +129,7 @@ def target_of(
     target = recipe.competition.target.of(table)
     return replace(target, twins=True) if recipe.twins else target
 
-# %% ../../nbs/72_recipes.recipe.build.ipynb #663edce1
+# %% ../../nbs/72_recipes.recipe.build.ipynb #ec02de15
 def dls_of(
     recipe, # A `Recipe`; a stage's for its loaders
     table, # The `Table` as read
@@ -142,7 +142,7 @@ def dls_of(
     device = default_device()
     kw = dict(workers=_workers(device), device=device, stats=_stats(recipe), names=own.names)
     order = recipe.sampler(src, train) if recipe.sampler else None
-    return make_dls(items, recipe.bs, (src.y,own.y), target=target_of(recipe, table), order=order, **kw)
+    return make_dls(items, recipe.bs, (src.y,own.y), target=target_of(recipe, table), order=order, soft=src.soft, **kw)
 
 # %% ../../nbs/72_recipes.recipe.build.ipynb #4002ffa3
 class RecipeLearner(ResumableLearner):
@@ -219,7 +219,7 @@ def precision_of(
     small = min(sides)<=32 and torch.device(device).type=='cpu'
     return 'fp32' if small and recipe.precision=='auto' else recipe.precision
 
-# %% ../../nbs/72_recipes.recipe.build.ipynb #0299da45
+# %% ../../nbs/72_recipes.recipe.build.ipynb #14276434
 def loss_of(
     recipe, # A `Recipe`; a stage's for its loss
     table, # The `Table` as read
@@ -228,23 +228,25 @@ def loss_of(
 ): # A loss
     "The loss of a recipe, told the counts of the classes in training"
     loss = recipe.loss()
+    if hasattr(loss, 'of'): loss = loss.of(table)
     if not hasattr(loss, 'prepare'): return loss
     src,_,rows,_ = training(recipe, table, fold, more)
     return loss.prepare([counts for *_,counts in src.subset(rows).heads])
 
-# %% ../../nbs/72_recipes.recipe.build.ipynb #ff918d49
+# %% ../../nbs/72_recipes.recipe.build.ipynb #63e92da2
 def learner_of(
     recipe, # A `Recipe`
     table, # The `Table` as read
     dls=None, # Loaders; those of `fold` by default
     fold=0, # Which fold to hold out, or 'all' for none
-    bare:bool=False # Without any weights, for those of a run?
+    bare:bool=False, # Without any weights, for those of a run?
+    more=None # The table that a round made of it
 )->RecipeLearner: # Not trained yet
     "The untrained learner of a recipe"
-    dls = dls_of(recipe, table, fold) if dls is None else dls
+    dls = dls_of(recipe, table, fold, more) if dls is None else dls
     comp = recipe.competition
     model = model_of(recipe, table, bare).to(dls.device)
     metrics = [EpochMetric(partial(comp.watch, table=table))] if comp.watch else []
-    kw = dict(loss_func=loss_of(recipe, table, fold), opt_func=recipe.opt, splitter=body_head, metrics=metrics)
+    kw = dict(loss_func=loss_of(recipe, table, fold, more), opt_func=recipe.opt, splitter=body_head, metrics=metrics)
     learn = RecipeLearner(dls, model, recipe, table, cbs=[Precision(precision_of(recipe, dls.device))], **kw)
     return show_progress(learn)

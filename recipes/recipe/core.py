@@ -39,8 +39,8 @@ class Competition:
     higher:bool=True # Is more of the metric better?
     sample_fields:dict=field(default_factory=dict) # Fields of a recipe that the sample changes
 
-# %% ../../nbs/71_recipes.recipe.core.ipynb #69bb38d6
-@dataclass(frozen=True, eq=False, repr=False)
+# %% ../../nbs/71_recipes.recipe.core.ipynb #ae8f2a7e
+@dataclass(frozen=True, eq=False, repr=False)   # chkstyle: ignore
 class Recipe:
     "Every choice of a method, as a plain field"
     competition:Competition # What is given
@@ -71,13 +71,14 @@ class Recipe:
     opt:Callable=adamw # `opt(params, lr)`
     lr:float|str='find' # Learning rate, or 'find': `lr_find` before the fit
     schedule:Callable=one_cycle # `schedule(lr, n_epoch)`: callbacks
-    epochs:int=10 # Times through the data, all stages together
+    epochs:int=10 # Times through the data, all stages together; 0 trains nothing
     bs:int=64 # Pictures in a batch
     accumulate:int=0 # Pictures before a step of the optimizer; 0: one batch
     clip:float=0. # Largest norm of the gradient; 0: any
     freeze:int=0 # First epochs of a fit that train the head alone
     precision:str='auto' # 'auto', 'fp32', 'bf16' or 'fp16'
     ema:Callable=None # A callback that averages weights
+    cbs:Callable=None # `cbs()`: a list of more callbacks
     folds:int|str|Callable=5 # A number, a column of the table, a function or a splitter
     run_folds:tuple=None # The folds to train; None for all
     seed:int=42 # Of everything that is random

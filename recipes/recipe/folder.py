@@ -7,7 +7,7 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.folder.html
 # %% auto #0
 __all__ = ['libraries', 'environment', 'read_table', 'Run', 'name_of', 'new_folder', 'make_run']
 
-# %% ../../nbs/73_recipes.recipe.folder.ipynb #0298c2cb
+# %% ../../nbs/73_recipes.recipe.folder.ipynb #02091996
 import json, numpy as np, pandas as pd, platform, subprocess, sys, torch
 from dataclasses import replace
 from datetime import datetime
@@ -21,6 +21,7 @@ from ..data.settings import data_path, setting
 from ..infer.predictions import Predictions, read_scores
 from .build import learner_of
 from .core import from_json
+from .rows import read_rows
 
 # %% ../../nbs/73_recipes.recipe.folder.ipynb #761d5a8a
 libraries = 'torch','fastai','timm','albumentations','numpy','fastai-recipes'
@@ -56,7 +57,7 @@ def read_table(
     stamp = tuple((f.name, f.stat().st_mtime_ns) for f in sorted(Path(at).glob('*.csv')))
     return _read(competition, str(at), stamp, skip_bad)
 
-# %% ../../nbs/73_recipes.recipe.folder.ipynb #f132ac1a
+# %% ../../nbs/73_recipes.recipe.folder.ipynb #6e4709ab
 class Run:
     "A run folder opened"
     def __init__(self,
@@ -86,6 +87,11 @@ class Run:
     def table(self):
         "The data, read again from where they were"
         return read_table(self.recipe.competition, self.env['data'], self.recipe.skip_bad)
+
+    @property
+    def trained_on(self):
+        "The rows it was trained on, where its recipe made them from the table; else None"
+        return read_rows(self.path, self.table)
 
     @property
     def history(self):
@@ -156,11 +162,11 @@ def last(self:Run)->dict: # From `fit_state`, or None before the first epoch's e
     f = self.path/'last.ckpt'
     return torch.load(f, map_location='cpu', weights_only=True) if f.exists() else None
 
-# %% ../../nbs/73_recipes.recipe.folder.ipynb #b9c1fb1b
+# %% ../../nbs/73_recipes.recipe.folder.ipynb #5be24518
 @patch
 def learner(self:Run): # A trained `RecipeLearner`
     "The learner with the best weights"
-    learn = learner_of(self.recipe.steps()[-1], self.table, fold=self.fold, bare=True)
+    learn = learner_of(self.recipe.steps()[-1], self.table, fold=self.fold, bare=True, more=self.trained_on)
     learn.recipe,learn.run = self.recipe,self
     load_weights(learn.model, self.path/'model.safetensors')
     return learn
