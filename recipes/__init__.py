@@ -1,7 +1,7 @@
 "Medal-grade recipes for image-recognition competitions, as fastai objects"
 __version__ = '0.0.1'
 
-_modules = 'imet','bengali','animal','whale'
+_modules = 'imet','bengali','animal','whale','inclusive','boxes','landmarks','masks'
 _names = dict(Recipe='recipe.core', Competition='recipe.core', from_json='recipe.core', Run='recipe.folder', blend='recipe.effects',
     Predictions='infer.predictions')
 __all__ = [*_modules, *_names]

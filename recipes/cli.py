@@ -7,10 +7,10 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.cli.html.md"""
 # %% auto #0
 __all__ = ['commands', 'usage', 'value', 'split_words', 'named', 'recipe_of', 'main']
 
-# %% ../nbs/90_recipes.cli.ipynb #565e43de
+# %% ../nbs/90_recipes.cli.ipynb #8c60d529
 import ast, sys
 from importlib import import_module
-from .data.settings import TASKS
+from .data.settings import SIDES, TASKS
 
 # %% ../nbs/90_recipes.cli.ipynb #8b9bf8fa
 def value(
@@ -68,12 +68,19 @@ def _go_on(resume, prior=None, modules='', parent=None, **fields):
     if prior: prior = out_of_fold(runs_in(prior, modules))
     return train(None, resume=Run(resume, modules=modules), prior=prior, **fields)
 
-# %% ../nbs/90_recipes.cli.ipynb #f6dcd3d8
+# %% ../nbs/90_recipes.cli.ipynb #d95db1d8
+def _mark(name, path=None, **opts):
+    "Train what marks pictures, and write its table"
+    if path is None: raise SystemExit(f'recipes train {name} --path DIR [--out FILE] [--overwrite true] [--FIELD VALUE]...')
+    print(f'{import_module(f"recipes.{name}").make(path, **opts)} written')
+
 def _train(words, opts, verb='train'):
+    if verb=='train' and words and words[0] in SIDES: return _mark(words[0], **opts)
     if 'resume' in opts and not words and verb=='train': return _go_on(**opts)
     task,recipe = recipe_of(words[0] if words else '')
     return getattr(task, verb)(recipe=recipe, **opts)
 
+# %% ../nbs/90_recipes.cli.ipynb #7311e2d1
 def _cross_validate(words, opts):
     if not words: raise SystemExit(usage)
     oof = _train(words, opts, 'cross_validate')
@@ -93,11 +100,11 @@ def _list(words, opts):
 
 def _show(words, opts): print(recipe_of(words[0] if words else '')[1].but(**opts))
 
-# %% ../nbs/90_recipes.cli.ipynb #de3e04f3
+# %% ../nbs/90_recipes.cli.ipynb #20849ec7
 commands = dict(train=_train, cross_validate=_cross_validate, predict=_predict, list=_list, show=_show)
 usage = '\n'.join(['recipes train TASK[.RECIPE] [--path DIR] [--fold K] [--FIELD VALUE]...', 'recipes train --resume RUN',
     'recipes cross_validate TASK[.RECIPE] [--path DIR] [--parallel K] [--FIELD VALUE]...', 'recipes cross_validate TASK --resume FOLDER',
-    'recipes predict RUN... --out submission.csv', 'recipes list', 'recipes show TASK.RECIPE'])
+    'recipes train boxes|landmarks|masks --path DIR [--out FILE] [--FIELD VALUE]...', 'recipes predict RUN... --out submission.csv', 'recipes list', 'recipes show TASK.RECIPE'])
 
 # %% ../nbs/90_recipes.cli.ipynb #4bb7b63d
 def main(

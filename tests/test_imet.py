@@ -244,7 +244,12 @@ def test_json(name):
     assert back==recipe and hash(back)==hash(recipe) and repr(back)==repr(recipe)
     assert back.but(lr=.5)!=recipe and [o.arch for o in back.parts]==[o.arch for o in recipe.parts]
 
-@pytest.mark.parametrize('recipe', [o for r in named(imet).values() for o in r.parts or [r]], ids=lambda o: f'{o.name}-{o.arch}')
+def nets(recipe):
+    "Every network of a recipe: of its last round, of its parts"
+    last = recipe.but(**recipe.rounds[-1]) if recipe.rounds else recipe
+    return last.parts or [last]
+
+@pytest.mark.parametrize('recipe', [o for r in named(imet).values() for o in nets(r)], ids=lambda o: f'{o.name}-{o.arch}')
 def test_built_as_written(recipe):
     "The real backbone, size and head, without memory for its weights"
     y = sparse.csr_matrix(np.eye(1103, dtype=np.float32))

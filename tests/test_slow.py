@@ -6,6 +6,7 @@ from recipes import imet
 from recipes.cli import named
 from recipes.data.fixtures import sample
 from recipes.data.unseen import unseen_graphemes
+from recipes.recipe.ensemble import parts_of
 
 pytestmark = pytest.mark.slow
 tasks = {o:import_module(f'recipes.{o}') for o in ('imet','bengali','animal')}
@@ -17,8 +18,9 @@ def but(recipe):
     "The recipe, and each of its parts, with a tiny network; two epochs, or one in each stage that says how many"
     parts = tuple(but(o) for o in recipe.parts)
     stages = tuple(o|{k:v for k,v in dict(size=64, epochs=1).items() if k in o} for o in recipe.stages)
+    rounds = tuple(o|dict(parts=tuple(but(p) for p in o.get('parts', ()))) for o in recipe.rounds)
     more = fits.get(f'{recipe.competition.name}.{recipe.name}', {})
-    return recipe.but(**small, size=64, epochs=2, stages=stages, parts=parts, **more)
+    return recipe.but(**small, size=64, epochs=2, stages=stages, parts=parts, rounds=rounds, **more)
 
 @cache
 def folder(name): return sample(name, 240)   # enough for 40 folds
@@ -45,7 +47,7 @@ def submitted(runs, path, name='imet'):
 
 @pytest.mark.parametrize('name', alone)
 def test_trained(name):
-    task,recipe = name.split('.')[0],but(alone[name])
+    task,recipe = name.split('.')[0],but(alone[name]).but(rounds=())
     fold = (recipe.run_folds or (0,))[-1]
     run = tasks[task].train(folder(task), fold=fold, recipe=recipe).run
     assert run.done and len(run.history)==max(2, len(recipe.stages)) and 0<run.score<1
@@ -65,6 +67,17 @@ def test_parts_whole():
     run = getattr(run, 'run', run)
     assert run.done and len(list(run.path.rglob('model.safetensors')))==3
     submitted(run, folder('imet'))
+
+@pytest.mark.parametrize('name', ['first','second'])
+def test_rounds(name):
+    "Every round of a winner, with two folds, and a submission from the last"
+    recipe = but(getattr(imet, name))
+    steps = [o|dict(parts=tuple(p.but(folds=2, epochs=max(1, len(p.stages))) for p in o['parts'])) for o in recipe.rounds]
+    oof = imet.cross_validate(folder('imet'), recipe=recipe.but(folds=2, rounds=tuple(steps)))
+    assert len(oof)==240 and 0<oof.score()<1
+    more = [o.trained_on for r in oof.runs for o in parts_of(r)]
+    assert all((o.train.source=='pseudo').sum()>0 for o in more) and set(oof.ids)==set(oof.table.train.id)
+    submitted(oof.runs, folder('imet'))
 
 def commonest(table):
     "Decisions that are the same for every picture: the commonest class of each head, or three labels"
