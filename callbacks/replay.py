@@ -7,10 +7,11 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/callbacks.replay.html.md""
 # %% auto #0
 __all__ = ['each_loss', 'worst', 'Replayed', 'Replay', 'replays']
 
-# %% ../nbs/19c_callbacks.replay.ipynb #6a285cf9
+# %% ../nbs/19c_callbacks.replay.ipynb #f5162647
 import numpy as np, torch
 from fastai.callback.core import Callback
 from fastcore.basics import store_attr
+from inspect import ismethod
 
 # %% ../nbs/19c_callbacks.replay.ipynb #d912bc09
 def each_loss(
@@ -34,29 +35,33 @@ def worst(
     seen = np.flatnonzero(~np.isnan(losses))
     return seen[np.argsort(-losses[seen], kind='stable')[:round(share*len(losses))]].tolist()
 
-# %% ../nbs/19c_callbacks.replay.ipynb #98324afc
+# %% ../nbs/19c_callbacks.replay.ipynb #1a557377
 class Replayed:
-    "An order with more items, which remembers what it took"
+    "A shuffle that takes more items, and remembers what it took"
     def __init__(self,
-        order, # `order(rng) -> list`; all items at random if None
-        n:int # Items there are
-    ): self.order,self.n,self.more,self.taken = order,n,[],[]
+        dl # A loader
+    ): self.dl,self.plain,self.n,self.more,self.taken = dl,dl.shuffle_fn,dl.n,[],[]
 
-    def __len__(self): return self.n_plain+len(self.more)
-    @property
-    def n_plain(self):
-        "Items without those added"
-        return self.n if self.order is None else len(self.order)
-
-    def __call__(self, rng):
-        res = rng.sample(range(self.n), self.n) if self.order is None else list(self.order(rng))
+    def __call__(self, idxs):
+        self.taken = list(self.plain(list(idxs)[:self.n]))
         if self.more:
-            res += self.more
-            rng.shuffle(res)
-        self.taken = res
-        return res
+            self.taken += self.more
+            self.dl.rng.shuffle(self.taken)
+        return self.taken
 
-# %% ../nbs/19c_callbacks.replay.ipynb #b2426f2f
+    def set(self,
+        more:list # Items that the next pass takes once more
+    ):
+        "Make the next pass longer"
+        self.more,self.dl.n = more,self.n+len(more)
+
+    def undo(self):
+        "Give the loader its own shuffle back"
+        self.dl.n = self.n
+        if ismethod(self.plain): del self.dl.shuffle_fn   # the class has it
+        else: self.dl.shuffle_fn = self.plain
+
+# %% ../nbs/19c_callbacks.replay.ipynb #b1100af4
 class Replay(Callback):
     "Adds the items with the largest losses of the last epoch to the next"
     run_valid,during_lr_find,losses = False,False,None
@@ -67,29 +72,28 @@ class Replay(Callback):
 
     def before_fit(self):
         "Nothing is known yet"
-        if not hasattr(self.dls.train, 'order'): raise TypeError('Replay needs a training loader with an `order`, as `PictureDL` has')
+        if not self.dls.train.shuffle: raise ValueError('Replay needs a training loader that shuffles: make it with `shuffle=True`')
         self.losses = np.full(len(self.dls.train.dataset), np.nan, np.float32)
 
     def before_train(self):
-        "Add the worst to the order"
+        "Let the epoch take the worst once more"
         dl,self.seen = self.dls.train,[]
-        if not isinstance(dl.order, Replayed): dl.order = Replayed(dl.order, len(dl.dataset))
-        dl.order.more = worst(self.losses, self.share) if self.epoch>=self.start else []
-        dl.n = len(dl.order)
+        if not isinstance(dl.shuffle_fn, Replayed): dl.shuffle_fn = Replayed(dl)
+        dl.shuffle_fn.set(worst(self.losses, self.share) if self.epoch>=self.start else [])
 
     def after_loss(self):
         "Note the losses of a batch"
         i = self.iter*self.dl.bs
-        self.seen.append((self.dl.order.taken[i:i+len(self.x)], each_loss(self.loss_func, self.pred, self.yb)))
+        self.seen.append((self.dl.shuffle_fn.taken[i:i+len(self.x)], each_loss(self.loss_func, self.pred, self.yb)))
 
     def after_train(self):
         "Keep the latest loss of each item"
         for at,each in self.seen: self.losses[at] = each.cpu().numpy()
 
     def after_fit(self):
-        "Give the loader its own order back"
-        dl = self.dls.train
-        if isinstance(getattr(dl, 'order', None), Replayed): dl.n,dl.order = dl.order.n_plain,dl.order.order
+        "Give the loader its own shuffle back"
+        shuffle = self.dls.train.shuffle_fn
+        if isinstance(shuffle, Replayed): shuffle.undo()
 
     def __setattr__(self, name, value):
         if name=='learn' and value is None and self.learn: self.after_fit()   # taken off the `Learner`

@@ -8,6 +8,7 @@ from callbacks.mix import MixUp
 from callbacks.replay import Replay, each_loss, replays, worst
 from fastai.callback.core import Callback, CancelFitException
 from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat
 from recipes.data.augment import none, squish
@@ -60,7 +61,7 @@ def test_replays_the_worst(order, workers):
         run_valid = False
         def before_train(self):
             want = sorted(known, key=lambda o: -known[o])[:5]
-            if self.epoch: assert sorted(self.dls.train.order.more)==sorted(want)
+            if self.epoch: assert sorted(self.dls.train.shuffle_fn.more)==sorted(want)
         def after_train(self):
             known.update(spy.epochs[-1])
             counts.append((self.n_iter, len(spy.epochs[-1]), round(float(self.pct_train)*4, 5)))
@@ -116,11 +117,14 @@ def test_with_mixup():
     fit(learn, 2, cbs=replays())
     assert all(p.isfinite().all() for p in learn.model.parameters())
 
-def test_needs_an_order():
+def test_any_loader():
+    "fastai's own loader, too; one that does not shuffle is refused"
     items = [(torch.rand(3,4,4), torch.zeros(3))]*16
-    learn = Learner(DataLoaders.from_dsets(items, items, bs=8, device='cpu'), nn.Sequential(nn.Flatten(), nn.Linear(48, 3)),
-        loss_func=BCELoss(), cbs=Replay())
-    with pytest.raises(TypeError, match='order'): fit(learn, 1)
+    def made(dl): return Learner(DataLoaders(dl, dl), nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), loss_func=BCELoss(), cbs=Replay(.5))
+    dl = DataLoader(items, bs=8, shuffle=True)
+    fit(made(dl), 2)
+    assert dl.n==16 and 'shuffle_fn' not in vars(dl)
+    with pytest.raises(ValueError, match='shuffles'): fit(made(DataLoader(items, bs=8)), 1)
 
 def test_each_loss():
     raw,y = torch.randn(6, 3),torch.rand(6, 3)

@@ -205,14 +205,15 @@ class PictureDL(DataLoader):
         caps = [self.target.show(detuplify(o), self.names) for o in zip(*b[1:])] if len(b)>1 else ['']*len(ims)
         return show_pictures(ims, caps[:len(ims)], ncols)
 
-# %% ../../nbs/27_recipes.data.loaders.ipynb #2f104580
+# %% ../../nbs/27_recipes.data.loaders.ipynb #d075c14c
 def keep_freed(
-    nbytes:int=2**28 # Blocks up to this size, and so much in all
+    nbytes:int=2**26 # Blocks up to this size; four times as much in all
 ):
     "Let the process keep freed memory for its next batch; Linux with glibc only"
     libc = ctypes.CDLL(None) if sys.platform=='linux' else None
     if not hasattr(libc, 'mallopt'): return
-    for o in (-1,-3): libc.mallopt(o, nbytes)   # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    libc.mallopt(-1, 4*nbytes)   # M_TRIM_THRESHOLD
+    libc.mallopt(-3, nbytes)   # M_MMAP_THRESHOLD: larger blocks grow without a copy
 
 # %% ../../nbs/27_recipes.data.loaders.ipynb #a4664384
 def make_dls(
