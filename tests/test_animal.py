@@ -16,7 +16,7 @@ from recipes.data.folds import assign_folds
 from recipes.data.single import deal_folds
 from recipes.infer.argmax import likeliest, tune_gamma
 from recipes.infer.tta import as_is, hflip
-from recipes.look import plot_plan
+from recipes.look.plots import plot_plan
 from recipes.models.backbone import resolve
 from recipes.recipe.build import model_of
 from recipes.recipe.core import card, from_json

@@ -18,7 +18,7 @@ from recipes.data.graphemes import HEADS
 from recipes.data.unseen import is_unseen, unseen_graphemes
 from recipes.infer.argmax import tune_gamma
 from recipes.infer.tta import as_is, hflip
-from recipes.look import plot_plan
+from recipes.look.plots import plot_plan
 from recipes.models.backbone import resolve
 from recipes.recipe.build import model_of
 from recipes.recipe.core import card, from_json

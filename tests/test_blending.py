@@ -7,7 +7,7 @@ from recipes.infer.decide import binarise
 from recipes.infer.predictions import Predictions
 from recipes.infer.search import best_threshold
 from recipes.metrics import f2
-from recipes.scores import gaps, plot_gap
+from recipes.look.scores import gaps, plot_gap
 
 def predictions(p, y, rows=None, folds=None, **kw):
     "Held-out rows, with a threshold that is found"

@@ -3,7 +3,7 @@ import warnings
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from recipes.data.table import Table
-from recipes.report import confusion, drawable, most_confused, per_class, plot_confusion, plot_recall, worst
+from recipes.look.classes import confusion, drawable, most_confused, per_class, plot_confusion, plot_recall, worst
 
 @pytest.fixture(autouse=True)
 def close():
