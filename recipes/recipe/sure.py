@@ -7,11 +7,10 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.sure.html.m
 # %% auto #0
 __all__ = ['pseudo_labels']
 
-# %% ../../nbs/75c_recipes.recipe.sure.ipynb #3b9f69ba
+# %% ../../nbs/75c_recipes.recipe.sure.ipynb #d695c292
 from ..data.relabel import surest
 from ..infer.predictions import Predictions
-from .rounds import test_predictions
-from .unknown import with_test
+from .rounds import test_predictions, with_test
 
 # %% ../../nbs/75c_recipes.recipe.sure.ipynb #2b07083f
 def pseudo_labels(
