@@ -80,7 +80,7 @@ def _train(words, opts, verb='train'):
     task,recipe = recipe_of(words[0] if words else '')
     return getattr(task, verb)(recipe=recipe, **opts)
 
-# %% ../nbs/90_recipes.cli.ipynb #7311e2d1
+# %% ../nbs/90_recipes.cli.ipynb #99439481
 def _cross_validate(words, opts):
     if not words: raise SystemExit(usage)
     oof = _train(words, opts, 'cross_validate')
@@ -88,9 +88,9 @@ def _cross_validate(words, opts):
 
 def _predict(words, opts):
     if not words: raise SystemExit(usage)
-    from recipes.recipe.ensemble import predict_runs
+    from recipes.recipe.tuned import predicted
     out = opts.pop('out', 'submission.csv')
-    print(f'{predict_runs([str(o) for o in words], **opts).submit(out)} written')
+    print(f'{predicted([str(o) for o in words], **opts).submit(out)} written')
 
 # %% ../nbs/90_recipes.cli.ipynb #82d1c3f5
 def _list(words, opts):

@@ -6,10 +6,9 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.inclusive.html.md"
 
 # %% auto #0
 __all__ = ['competition', 'house', 'softf2_stages', 'softf2', 'table', 'dls', 'learner', 'train', 'cross_validate', 'predict',
-           'draw', 'turned', 'on_tuning']
+           'draw', 'turned']
 
-# %% ../nbs/84_recipes.inclusive.ipynb #7a32bec7
-import numpy as np
+# %% ../nbs/84_recipes.inclusive.ipynb #4e0e3391
 from functools import partial
 from pathlib import Path
 from callbacks.optim import adam, adamw, sgd
@@ -22,7 +21,6 @@ from .data.inclusive import few_of_each, read_inclusive, write_inclusive
 from .data.samplers import rank_weight, weighted
 from .data.targets import MultiLabel
 from .infer.decide import binarise
-from .infer.predictions import Predictions
 from .infer.search import best_threshold
 from .infer.tta import as_is, hflip
 from .losses.f2 import SoftF2Loss
@@ -30,8 +28,6 @@ from .losses.multilabel import BCELoss
 from .metrics import f2, f2_best
 from .models.heads import linear_head
 from .recipe.core import Competition, Recipe
-from .recipe.ensemble import predict_runs
-from .recipe.folder import Run
 from .recipe.task import verbs
 
 # %% ../nbs/84_recipes.inclusive.ipynb #0d923ce6
@@ -67,14 +63,3 @@ softf2 = Recipe(competition, 'softf2', 'ldong87: rare labels by rank, cross entr
 
 # %% ../nbs/84_recipes.inclusive.ipynb #f1fb5f51
 table,dls,learner,train,cross_validate,predict = verbs(house)
-
-# %% ../nbs/84_recipes.inclusive.ipynb #de1954db
-def on_tuning(
-    runs, # A learner, a run, a run's path, or a list of those
-    tta=True # As for `predict`
-)->Predictions: # With truth; each half is scored with values found on the other
-    "Predictions of the tuning pictures"
-    runs = list(runs) if isinstance(runs, (list,tuple)) else [runs]
-    own = (runs[0] if hasattr(runs[0], 'table') else Run(runs[0])).table.tuning
-    o,rows = predict_runs(runs, own.train, tta),np.arange(len(own))
-    return Predictions(o.p, o.ids, own, o.competition, o.rule, o.tune, rows, 0*rows)

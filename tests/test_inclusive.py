@@ -11,6 +11,8 @@ from recipes.data.inclusive import few_of_each, read_inclusive, write_inclusive
 from recipes.data.table import Table
 from recipes.infer.predictions import check_submission
 from recipes.infer.search import best_threshold
+from recipes.recipe.tuned import on_tuning
+from recipes.recipe.ensemble import predict_runs
 from recipes.recipe.core import from_json
 from recipes.recipe.folder import Run
 from scipy import sparse
@@ -253,15 +255,17 @@ def test_command_line(run, drawn, tmp_path):
     assert got.labels.str.split().map(lambda o: len(o)>0 and set(o)<=vocab and len(o)==len(set(o))).all()
 
 def test_on_tuning(run, capsys):
-    "Thresholds of the tuning set decide the test set when they are put behind it"
-    tuned,preds = inclusive.on_tuning(run),inclusive.predict(run)
+    "Thresholds of the tuning set decide the test set; held-out rows have others"
+    tuned,preds = on_tuning(run),inclusive.predict(run)
     t = Run(run).table
+    assert 'tuned on the 6 pictures' in capsys.readouterr().out
     assert tuned.ids==t.tuning.train.id.tolist() and tuned.p.shape==(6,60) and (tuned.y!=t.tuning.y).nnz==0
     assert 0<=tuned.score()<=1
-    want = best_threshold(tuned.p, t.tuning.y)
-    preds.oof = tuned
+    want = best_threshold(tuned.p, t.tuning.y, min_labels=1)
     assert preds.values==want and preds.submission().image_id.tolist()==t.sample.image_id.tolist()
-    same = inclusive.on_tuning([Run(run)])
+    assert predict_runs(run).values==Run(run).valid.values!=want
+    assert inclusive.predict(run, test=t.tuning.train).oof.ids==Run(run).valid.ids   # pictures of one's own: held-out rows decide
+    same = on_tuning([Run(run)])
     assert np.allclose(same.p, tuned.p, atol=1e-6)
     at = {o:i for i,o in enumerate(preds.ids)}   # tuning pictures are test pictures, too
     assert np.allclose(preds.p[[at[o] for o in tuned.ids]], tuned.p, atol=1e-3)

@@ -7,16 +7,17 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.task.html.m
 # %% auto #0
 __all__ = ['in_proportion', 'changed', 'settle', 'table', 'dls', 'learner', 'train', 'cross_validate', 'predict', 'bind', 'verbs']
 
-# %% ../../nbs/76_recipes.recipe.task.ipynb #142232e1
+# %% ../../nbs/76_recipes.recipe.task.ipynb #cf8197ca
 import inspect, json, sys
 from dataclasses import fields
 from pathlib import Path
 from ..infer.predictions import Predictions
 from .build import dls_of, learner_of
 from .core import BadField, Recipe, check_names
-from .ensemble import fit_parts, out_of_fold, predict_runs, run_rounds, runs_in
+from .ensemble import fit_parts, out_of_fold, run_rounds, runs_in
 from .fitting import fit_run
 from .folder import Run, make_run, read_table
+from .tuned import predicted
 
 # %% ../../nbs/76_recipes.recipe.task.ipynb #dc629599
 def in_proportion(
@@ -119,7 +120,7 @@ def _first_round(recipe, table):
     print(f'{recipe.competition.name}.{recipe.name} has {len(recipe.rounds)} rounds, and this is the first: cross_validate trains all')
     return recipe.but(**recipe.rounds[0], rounds=()),table
 
-# %% ../../nbs/76_recipes.recipe.task.ipynb #88b70ce9
+# %% ../../nbs/76_recipes.recipe.task.ipynb #91b85e50
 def train(
     recipe:Recipe, # The method
     path=None, # As for `table`
@@ -155,7 +156,7 @@ def predict(
     tta=True # The recipe's views, none, or a tuple of others
 )->Predictions: # `.submit(path)` writes them
     "Class scores of the test pictures, averaged over runs and views"
-    return predict_runs(runs, test, tta)
+    return predicted(runs, test, tta)
 
 # %% ../../nbs/76_recipes.recipe.task.ipynb #893a9c89
 _par = inspect.Parameter
