@@ -26,7 +26,8 @@ from .infer.openset import tune_map5, with_unknown
 from .infer.pairs import by_pairs
 from .infer.postprocess import singles_first
 from .infer.tta import as_is
-from .infer.verify import by_keypoints, keypoints_last, verified
+from .infer.together import verified
+from .infer.verify import by_keypoints, keypoints_last
 from .infer.words import by_words
 from .losses.pairs import GalleryLoss, PairLoss
 from .models.gallery import MetricHead, PairHead

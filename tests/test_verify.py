@@ -12,7 +12,8 @@ from recipes.infer import verify
 from recipes.infer.openset import tune_map5, with_unknown
 from recipes.infer.postprocess import singles_first
 from recipes.infer.predictions import Predictions
-from recipes.infer.verify import by_keypoints, certainty, id_counts, keypoints_last, lifted, likely_pairs, mixed, verified, with_keypoints
+from recipes.infer.together import lifted, mixed, verified
+from recipes.infer.verify import by_keypoints, certainty, id_counts, keypoints_last, likely_pairs, with_keypoints
 from recipes.infer.words import by_words
 from recipes.ranking import map5
 from recipes.recipe.build import dls_of, target_of

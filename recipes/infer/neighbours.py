@@ -9,7 +9,7 @@ __all__ = ['SHARES', 'TEMPERATURES', 'closeness', 'sharpened', 'neighbour_blend'
 
 # %% ../../nbs/58d_recipes.infer.neighbours.ipynb #1f3740c5
 import numpy as np
-from .embed import _added, _scores, embeddings, gallery_of
+from .embed import added, embeddings, gallery_of, scored
 from .tta import as_is
 from ..ranking import map5_curve
 
@@ -72,4 +72,4 @@ def by_neighbours(
     (pictures,y),n = gallery_of(learn, dl),learn.target.n_classes(learn.table)
     p = np.zeros((len(dl.dataset), n), np.float32)
     queries,gallery = embeddings(learn, dl, views, scores=p),embeddings(learn, pictures, views)
-    return _added(neighbour_blend(_scores(score, queries, gallery, y, n), p, share, temperature), out, weight)
+    return added(neighbour_blend(scored(score, queries, gallery, y, n), p, share, temperature), out, weight)

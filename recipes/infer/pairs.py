@@ -13,8 +13,8 @@ from callbacks.checkpoint import write_whole
 from fastcore.basics import noop
 from functools import partial
 from numpy.lib.format import open_memmap
-from .embed import _added, gallery_of
-from .tta import ScoreRows, _run, as_is
+from .embed import added, gallery_of
+from .tta import ScoreRows, as_is, run_through
 from ..models.gallery import bare, per_id
 
 # %% ../../nbs/58e_recipes.infer.pairs.ipynb #e77582ff
@@ -58,7 +58,7 @@ def pair_features(
     "Features of each picture of `dl`"
     items,head = view(dl.dataset),learn.model.head
     out = np.zeros((len(items),head.width), np.float32)
-    with bare(head): _run(learn, dl.new(items, y=None, shuffle=False, drop_last=False), ScoreRows(out, noop))
+    with bare(head): run_through(learn, dl.new(items, y=None, shuffle=False, drop_last=False), ScoreRows(out, noop))
     return out
 
 # %% ../../nbs/58e_recipes.infer.pairs.ipynb #3cfb3d4b
@@ -89,4 +89,4 @@ def by_pairs(
     "Scores of ids by pairs with training pictures"
     pictures,y = gallery_of(learn, dl)
     def one(view): return gallery_scores(learn.model.head, *(pair_features(learn, o, view) for o in (dl,pictures)), y, score)
-    return _added(sum(one(o) for o in views)/np.float32(len(views)), out, weight)
+    return added(sum(one(o) for o in views)/np.float32(len(views)), out, weight)

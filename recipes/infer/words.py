@@ -10,7 +10,7 @@ __all__ = ['visual_words', 'vlad', 'word_vectors', 'by_words']
 # %% ../../nbs/58h_recipes.infer.words.ipynb #5b151643
 import numpy as np
 from ..data.cache import ahead
-from .embed import _added, gallery_of
+from .embed import added, gallery_of
 from .gallery import id_scores, unit
 from .keypoints import Keypoints, cores, rooted, sift
 from .tta import as_is
@@ -63,4 +63,4 @@ def by_words(
     gallery,queries = (Keypoints(o.dataset, detect).fill() for o in (pictures,dl))
     words = visual_words(gallery, n)
     v = [word_vectors(o, words) for o in (queries,gallery)]
-    return _added(id_scores(*v, y, learn.target.n_classes(learn.table)), out, weight)
+    return added(id_scores(*v, y, learn.target.n_classes(learn.table)), out, weight)
