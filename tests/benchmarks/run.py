@@ -15,14 +15,15 @@ from parquet import parquet
 from result import lines
 from retrieval import retrieval
 from small import importing, loading, memory, thresholds
+from together import together
 from training import animal, bengali, gpu, resnet18, seresnext50, whale
 from transfer import transfer
 
 BENCHMARKS = {'import':importing, 'loader':loading, 'memory':memory, 'thresholds':thresholds,
     'retrieval':retrieval, 'parquet':parquet, 'train-resnet18':resnet18, 'train-seresnext50':seresnext50, 'train-bengali':bengali,
-    'train-animal':animal, 'train-whale':whale, 'assignment':assignment, 'mining':mining, 'scoring':scoring, 'keypoints':keypoints,
+    'train-animal':animal, 'train-whale':whale, 'assignment':assignment, 'mining':mining, 'scoring':scoring, 'keypoints':keypoints, 'together':together,
     'classes':classes, 'expected':expected, 'calibrate':calibrate, 'scale':inclusive, 'transfer':transfer, 'gpu-resnet50':gpu}
-OTHER = {f'train-{o}':o for o in ('bengali','animal','whale')} | dict(keypoints='whale')   # whose files they take; the rest take iMet's
+OTHER = {f'train-{o}':o for o in ('bengali','animal','whale')} | dict(keypoints='whale', together='whale')   # whose files they take; the rest take iMet's
 
 def options(argv):
     "The folder, the names, and the numbers of seeds and epochs"

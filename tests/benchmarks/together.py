@@ -1,0 +1,38 @@
+"An embedding, a siamese network and keypoints of the whale, each alone and blended: held out, and on the test set once"
+from functools import partial
+from recipes import whale
+from recipes.data.whale_folds import id_folds
+from recipes.infer.compare import gain_over, verdict
+from recipes.infer.embed import by_retrieval
+from recipes.recipe.effects import blend
+from recipes.whale_pairs import fourth_points, tenth_pair
+from plain import answers
+from result import Row
+
+SMALL = dict(arch='resnet18', size=(64,128), pretrained=False, stages=(), folds=partial(id_folds, n=4, seed=0, share=.28))
+
+def members(seeds, epochs):
+    "Recipes by name, over as many folds as seeds"
+    fields = SMALL|dict(run_folds=tuple(range(seeds)))
+    embedding = whale.house.but(**fields, scorer=by_retrieval, epochs=epochs or 25)
+    siamese = tenth_pair.but(**fields, resize=(), lr=5e-4, bs=64, epochs=epochs or 25)
+    keypoints = fourth_points.but(folds=fields['folds'], run_folds=fields['run_folds'])
+    return dict(embedding=embedding, siamese=siamese, keypoints=keypoints)
+
+def together(path, seeds=0, epochs=0):
+    "MAP@5 of a blend, with weights found on the other folds, against each of its members"
+    oofs = {k:whale.cross_validate(path, recipe=o) for k,o in members(seeds or 3, epochs).items()}
+    rows,both = [],blend(list(oofs.values()), 'find')
+    print(f'weights {dict(zip(oofs, both.weights.round(2)))}')
+    for k,o in oofs.items():
+        print(verdict(f'blend against {k} ({o.score():.4f})', *gain_over(both, o)))
+        rows.append(Row(f'whale: MAP@5 of a blend, held out (other: {k})', both.score(), o.score(), both.score()/o.score(), '>=1'))
+    return [*rows,*on_test(oofs, both)] if (both.table.path/'answers.csv').exists() else rows
+
+def on_test(oofs, both):
+    "The same on the test set"
+    y,metric = answers(both.table),both.competition.metric
+    preds = {k:whale.predict(o.runs) for k,o in oofs.items()}
+    ours = metric(y, blend(list(preds.values()), both.weights).decide())
+    alone = {k:metric(y, o.decide()) for k,o in preds.items()}
+    return [Row(f'whale: MAP@5 of the blend on the test set (other: {k})', ours, o, ours/o, '>=1') for k,o in alone.items()]
