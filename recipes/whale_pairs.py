@@ -9,7 +9,7 @@ __all__ = ['kernel2_stages', 'kernel2', 'fourth_pair', 'fourth_points', 'fourth_
            'tenth_stages', 'tenth_pair', 'tenth_metric', 'tenth_parts', 'tenth', 'kernel2_augment', 'kernel2_pairs',
            'fourth_pairs', 'fifth_augment', 'fifth_pairs', 'tenth_pairs', 'tenth_slices']
 
-# %% ../nbs/83b_recipes.whale_pairs.ipynb #64121cae
+# %% ../nbs/83b_recipes.whale_pairs.ipynb #90b4b6d9
 from functools import partial
 from callbacks.optim import adam
 from callbacks.pairs import FlipPairs
@@ -22,6 +22,7 @@ from .data.whale_folds import hold_one, id_folds
 from .infer.conquer import Conquer
 from .infer.embed import by_retrieval
 from .infer.mining import Pairs
+from .infer.newness import by_newness
 from .infer.openset import tune_map5, with_unknown
 from .infer.pairs import by_pairs
 from .infer.postprocess import singles_first
@@ -97,7 +98,7 @@ fifth = Recipe(competition, 'fifth', '5th place: pairs in blocks, rounds of pseu
     rounds=(dict(), dict(data=pseudo_ids), dict(data=pseudo_ids)), rule=with_unknown, tune=tune_map5,
     assumed=('box','augment','cbs','opt','lr','schedule','bs','epochs','stages','tta','rounds'))
 
-# %% ../nbs/83b_recipes.whale_pairs.ipynb #492dfb6c
+# %% ../nbs/83b_recipes.whale_pairs.ipynb #afddbcaf
 def tenth_pairs()->list: # Callbacks
     "Hard pairs, mirrored pair by pair"
     return [Pairs(k=short_noise),FlipPairs()]
@@ -116,6 +117,6 @@ tenth_metric = Recipe(competition, 'tenth_metric', '10th place: margin loss, div
     lr=1e-5, schedule=cosine, bs=80, epochs=100, folds=hold_one, tta=(as_is,), scorer=by_retrieval, rule=with_unknown, tune=tune_map5,
     assumed=('arch','size','box','augment','opt','lr','schedule','bs','epochs','folds','tta','scorer'))
 tenth_parts = (*(tenth_pair.but(arch=o) for o in ('resnet18','resnet34','resnet50','seresnext50')),tenth_metric)
-tenth = Recipe(competition, 'tenth', '10th place: pairs and distances, blended', parts=tenth_parts, folds=hold_one,
+tenth = Recipe(competition, 'tenth', '10th place: pairs and distances, blended', parts=tenth_parts, join=by_newness, folds=hold_one,
     rule=with_unknown, tune=tune_map5, assumed=('join','folds'))
 tenth
