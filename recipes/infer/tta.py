@@ -12,6 +12,7 @@ import numpy as np
 from fastai.callback.core import Callback, CancelBatchException
 from fastcore.basics import store_attr
 from ..data.augment import flip_only
+from .predictions import score_array
 
 # %% ../../nbs/53_recipes.infer.tta.ipynb #cd76a854
 def as_is(
@@ -62,7 +63,7 @@ def class_scores(
 )->np.ndarray: # `n x classes`, float32
     "Class scores of every picture of `dl`, averaged over `views`"
     n,c = len(dl.dataset),learn.target.n_classes(learn.table)
-    if out is None: out = np.zeros((n, c), np.float32)
+    if out is None: out = score_array((n, c))
     for view in views:
         items = view(dl.dataset)
         rows = ScoreRows(out, lambda raw: learn.read_out(raw, items.mirror), weight/len(views))

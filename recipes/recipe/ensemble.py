@@ -9,13 +9,13 @@ __all__ = ['out_of_fold', 'runs_in', 'run_fold', 'fit_parts', 'parts_of', 'run_f
            'predict_runs']
 
 # %% ../../nbs/75_recipes.recipe.ensemble.ipynb #2bd97e33
-import numpy as np, os, pandas as pd
+import numpy as np, pandas as pd
 from dataclasses import replace
 from fastai.learner import Learner
 from pathlib import Path
 from callbacks.checkpoint import write_whole
 from ..infer.blending import blend
-from ..infer.predictions import Predictions, save_scores
+from ..infer.predictions import Predictions, save_scores, score_array
 from ..infer.tta import as_is
 from .build import folds_of, items_of, split
 from .core import from_json
@@ -31,13 +31,13 @@ def out_of_fold(
     "The held-out predictions of several runs as one"
     parts = [o.valid for o in runs] if parts is None else parts
     rows = np.unique(np.concatenate([o.rows for o in parts]))
-    p,n,folds = np.zeros((len(rows), parts[0].p.shape[1]), np.float32),np.zeros(len(rows), int),np.zeros(len(rows), int)
+    p,n,folds = score_array((len(rows), parts[0].p.shape[1])),np.zeros(len(rows), int),np.zeros(len(rows), int)
     for run,o in zip(runs, parts):
         at = np.searchsorted(rows, o.rows)
         p[at] += o.p
         n[at] += 1
         folds[at] = run.fold
-    p /= n[:,None]
+    p /= n[:,None].astype(np.float32)
     res = Predictions(p, list(parts[0].table.train.id.iloc[rows]), rows=rows, folds=folds, **_kw(parts[0]))
     res.runs = runs
     return res
@@ -162,8 +162,8 @@ def frame_of(
 # %% ../../nbs/75_recipes.recipe.ensemble.ipynb #d4a43556
 def _views(learn, tta): return tta if isinstance(tta, tuple) else learn.recipe.tta if tta else (as_is,)
 
-def _scores(learn, frame, tta, out=None):
-    items = items_of(learn.recipe.steps()[-1], frame)
+def _scores(learn, frame, tta):
+    items,out = items_of(learn.recipe.steps()[-1], frame),score_array((len(frame), learn.target.n_classes(learn.table)))
     return learn.recipe.scorer(learn, learn.dls.valid.new(items, y=None), _views(learn, tta), out)
 
 # %% ../../nbs/75_recipes.recipe.ensemble.ipynb #9eea13a3
@@ -174,16 +174,9 @@ def test_scores(
     keep:bool=False # Write `test.npy` into the run's folder?
 )->np.ndarray: # `n x classes`; a memory map if kept
     "Class scores of pictures by one learner"
-    if not keep or learn.run is None: return _scores(learn, frame, tta)
-    path = learn.run.path/f'.test.{os.getpid()}.npy'
-    shape = len(frame),learn.target.n_classes(learn.table)
-    out = np.lib.format.open_memmap(path, 'w+', np.float32, shape)
-    try: _scores(learn, frame, tta, out)
-    except BaseException:
-        path.unlink()
-        raise
-    save_scores(learn.run.path, 'test', out, frame.id, kind=learn.target.kind)
-    path.unlink()
+    p = _scores(learn, frame, tta)
+    if not keep or learn.run is None: return p
+    save_scores(learn.run.path, 'test', p, frame.id, kind=learn.target.kind)
     return np.load(learn.run.path/'test.npy', mmap_mode='r')
 
 # %% ../../nbs/75_recipes.recipe.ensemble.ipynb #57c8f0c7

@@ -20,7 +20,7 @@ from callbacks.nan import StopOnNaN
 from callbacks.optim import sgd
 from callbacks.resize import MultiScale, ProgressiveResize, hw
 from callbacks.finder import lr_find
-from ..infer.predictions import save_scores
+from ..infer.predictions import save_scores, score_array
 from .codec import func_of
 from .build import dls_of, learner_of, loss_of, resizes, split
 from .folder import Run
@@ -139,7 +139,8 @@ def finish(
     run,valid = learn.run,learn.dls.valid
     load_weights(learn.model, run.path/'model.safetensors')
     for dl in learn.dls.loaders: dl.resize(hw(run.recipe.steps()[-1].size))
-    p = run.recipe.scorer(learn, valid, run.recipe.tta) if len(valid.dataset) else None
+    n = len(valid.dataset)
+    p = run.recipe.scorer(learn, valid, run.recipe.tta, score_array((n, learn.target.n_classes(learn.table)))) if n else None
     close(run, p, prior)
     return learn
 
