@@ -10,7 +10,8 @@ from types import SimpleNamespace
 from callbacks.mix import CutMix, MixUp
 from callbacks.resize import hw
 from recipes import animal
-from recipes.cli import main, named
+from recipes.cli import main
+from recipes.words import named
 from recipes.data.fixtures import draw_animal, sample
 from recipes.data.folds import assign_folds
 from recipes.data.single import deal_folds

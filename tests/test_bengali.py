@@ -11,7 +11,8 @@ from types import SimpleNamespace
 from callbacks.mix import CutMix, MixUp
 from callbacks.resize import hw
 from recipes import bengali
-from recipes.cli import main, named
+from recipes.cli import main
+from recipes.words import named
 from recipes.data.fixtures import draw_bengali, sample
 from recipes.data.folds import assign_folds, fold_rows, stratify
 from recipes.data.graphemes import HEADS

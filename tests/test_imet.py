@@ -6,7 +6,8 @@ from scipy import sparse
 from sklearn.metrics import fbeta_score
 from callbacks.resize import hw
 from recipes import imet
-from recipes.cli import main, named
+from recipes.cli import main
+from recipes.words import named
 from recipes.data.checks import BadInput
 from recipes.data.fixtures import draw_imet, sample
 from recipes.data.folds import assign_folds

@@ -3,7 +3,7 @@ import numpy as np, pandas as pd, pytest
 from functools import cache, partial
 from importlib import import_module
 from recipes import imet
-from recipes.cli import named
+from recipes.words import named
 from recipes.data.fixtures import sample
 from recipes.data.unseen import unseen_graphemes
 from recipes.recipe.ensemble import parts_of

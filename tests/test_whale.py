@@ -3,7 +3,8 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
 from callbacks.resize import hw
 from recipes import from_json, whale
-from recipes.cli import main, named
+from recipes.cli import main
+from recipes.words import named
 from recipes.data.augment import none
 from recipes.data.fixtures import sample
 from recipes.models.margin import CosineHead

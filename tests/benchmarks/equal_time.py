@@ -121,7 +121,7 @@ def main(argv):
     if opts['only']:
         recipe,*numbers = opts['only'].split(',')
         return print(json.dumps(one(name, folder, recipe, opts, *map(int, numbers))))
-    from recipes.cli import named
+    from recipes.words import named
     names = opts['recipes'].split(',') if opts['recipes'] else [k for k,v in named(task).items() if not v.parts]
     jobs = int(opts['jobs'])
     threads = max(1, (os.cpu_count() or 1)//jobs)
