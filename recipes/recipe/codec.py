@@ -26,7 +26,7 @@ def home_of(
 ): # A module
     "The module that holds a competition: that of one of its functions"
     mods = [sys.modules[func_of(f).__module__] for f in (o.read, o.write, o.sample) if f]
-    return next((m for m in mods if any(v is o for v in vars(m).values())), mods[0])
+    return next((m for m in [*mods, *list(sys.modules.values())] if any(v is o for v in getattr(m, '__dict__', {}).values())), mods[0])
 
 def _named(o):
     "Module and name of a function or class, or of a competition, which some module holds"

@@ -34,7 +34,7 @@ class Competition:
     target:Target # What is predicted
     metric:Callable # `metric(y, labels) -> float`: the official one, on the whole set
     write:Callable # `write(ids, labels, table) -> DataFrame`: a submission
-    sample:Callable # `sample(n) -> folder`: draws a small set in the competition's format
+    sample:Callable=None # `sample(n) -> folder`: draws a small set in the competition's format, if it has one
     watch:Callable=None # `watch(y, p, table) -> float`: shown after each epoch; its name heads the column
     higher:bool=True # Is more of the metric better?
     sample_fields:dict=field(default_factory=dict) # Fields of a recipe that the sample changes

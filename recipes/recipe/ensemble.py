@@ -9,7 +9,7 @@ __all__ = ['out_of_fold', 'runs_in', 'run_fold', 'fit_parts', 'parts_of', 'run_f
            'predict_runs']
 
 # %% ../../nbs/75_recipes.recipe.ensemble.ipynb #2bd97e33
-import numpy as np, pandas as pd
+import numpy as np, os, pandas as pd
 from dataclasses import replace
 from fastai.learner import Learner
 from pathlib import Path
@@ -96,7 +96,8 @@ def parts_of(
     run:Run # Of a recipe with parts
 )->list: # Runs
     "The runs inside a run"
-    return [Run(run.path/f'part{i}'/name_of(run.fold), table=run.table) for i in range(len(run.recipe.parts))]
+    kw = dict(table=run.table, modules=modules_of(run.recipe))
+    return [Run(run.path/f'part{i}'/name_of(run.fold), **kw) for i in range(len(run.recipe.parts))]
 
 # %% ../../nbs/75_recipes.recipe.ensemble.ipynb #e3f9045d
 def _join(recipe, preds, table): return recipe.join(preds, table) if recipe.join else blend(preds)
@@ -175,7 +176,7 @@ def test_scores(
 )->np.ndarray: # `n x classes`; a memory map if kept
     "Class scores of pictures by one learner"
     p = _scores(learn, frame, tta)
-    if not keep or learn.run is None: return p
+    if not keep or learn.run is None or not os.access(learn.run.path, os.W_OK): return p   # a kernel's input is read only
     save_scores(learn.run.path, 'test', p, frame.id, kind=learn.target.kind)
     return np.load(learn.run.path/'test.npy', mmap_mode='r')
 

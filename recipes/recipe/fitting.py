@@ -91,6 +91,7 @@ def fit_stage(
 def _says_how_to_go_on(run):
     try: yield
     except BaseException as e:
+        write_whole(run.path/'stopped.json', lambda f: f.write_text(json.dumps(dict(by=type(e).__name__))))
         if (run.path/'last.ckpt').exists(): print(f'stopped by {type(e).__name__}; to go on: train(resume={str(run.path)!r})')
         raise
 
@@ -118,6 +119,7 @@ def fit_run(
 ): # The trained learner
     "Train what is left of a run, and write its predictions"
     for o in run.path.glob('.*.[0-9]*'): o.unlink()   # what a kill left half written
+    (run.path/'stopped.json').unlink(missing_ok=True)   # it goes on
     state,recipe = run.last(),run.recipe
     first = state['cbs']['checkpoint']['stage'] if state else 0
     set_seed(recipe.seed)

@@ -53,6 +53,7 @@ def read_table(
 ): # The `Table`
     "The table of a competition, wherever its files are"
     at = data_path(competition.name, competition.slug, path)
+    if at is None and competition.sample is None: raise FileNotFoundError(f'{competition.name} has no sample: give its files by path=, or in settings.ini')
     if at is None: return replace(read_table(competition, competition.sample(), skip_bad), overrides=competition.sample_fields)
     stamp = tuple((f.name, f.stat().st_mtime_ns) for f in sorted(Path(at).glob('*.csv')))
     return _read(competition, str(at), stamp, skip_bad)
@@ -86,7 +87,10 @@ class Run:
     @cached_property
     def table(self):
         "The data, read again from where they were"
-        return read_table(self.recipe.competition, self.env['data'], self.recipe.skip_bad)
+        comp,at = self.recipe.competition,self.env['data']
+        if not at or not Path(at).is_dir(): at = data_path(comp.name, comp.slug)   # on another machine
+        if at is None: raise FileNotFoundError(f'{self.path} was trained on {self.env["data"]}, which is not here: say in settings.ini where the files of {comp.name} are')
+        return read_table(comp, at, self.recipe.skip_bad)
 
     @property
     def trained_on(self):
