@@ -8,13 +8,14 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/callbacks.checkpoint.html.
 __all__ = ['write_whole', 'rng_state', 'set_rng_state', 'plain', 'fit_state', 'set_fit_state', 'ResumableLearner', 'save_weights',
            'load_weights', 'write_table', 'Checkpoint']
 
-# %% ../nbs/16_callbacks.checkpoint.ipynb #99cbed3d
+# %% ../nbs/16_callbacks.checkpoint.ipynb #d96ddfa7
 import csv, numpy as np, os, random, torch
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.learner import Learner
 from fastai.torch_core import to_device
 from fastcore.basics import store_attr
 from fastcore.foundation import L
+from itertools import count, takewhile
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -111,7 +112,7 @@ def set_fit_state(
     set_rng_state(state['rng'], learn.dls)
     return state['epoch']
 
-# %% ../nbs/16_callbacks.checkpoint.ipynb #1e3dd1cb
+# %% ../nbs/16_callbacks.checkpoint.ipynb #87ca2d76
 class ResumableLearner(Learner):
     "A `Learner` whose next fit goes on from `self.state` when that is set"
     state = None
@@ -119,7 +120,8 @@ class ResumableLearner(Learner):
         start,self.state = 0 if self.state is None else set_fit_state(self, self.state),None
         bar = getattr(getattr(self, 'progress', None), 'mbar', None)
         if start and bar: bar.update(0)   # fastprogress cannot begin with a later one
-        for self.epoch in range(start, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+        more = takewhile(lambda o: o<self.n_epoch, count(start))   # a callback may move the end
+        for self.epoch in more: self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
 # %% ../nbs/16_callbacks.checkpoint.ipynb #fc921cc1
 def save_weights(

@@ -84,7 +84,7 @@ def can_resize(
     "Can `dl` load pictures of another size?"
     return hasattr(type(dl), 'resize')   # not the instance: loaders look names up in their dataset
 
-# %% ../nbs/11_callbacks.resize.ipynb #8fc5c34f
+# %% ../nbs/11_callbacks.resize.ipynb #d5954055
 class ProgressiveResize(Callback):
     "Trains on pictures whose size follows a schedule"
     order,fitting = 1,False   # before mixing
@@ -101,7 +101,7 @@ class ProgressiveResize(Callback):
     def before_train(self):
         "Set the size of this epoch"
         self.fitting = True
-        self.set_share(0. if hasattr(self.learn, 'lr_finder') else self.epoch/self.n_epoch)
+        self.set_share(0. if hasattr(self.learn, 'lr_finder') else self.pct_train)
 
     def before_validate(self):
         "Undo what an interrupted fit left"

@@ -6,7 +6,7 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.bengali.html.md"""
 
 # %% auto #0
 __all__ = ['competition', 'half', 'yk', 'starter', 'argus_stages', 'argus', 'house', 'table', 'dls', 'learner', 'train',
-           'cross_validate', 'predict', 'draw', 'starter_augment', 'starter_head']
+           'cross_validate', 'predict', 'audit', 'cost', 'overfit', 'search', 'draw', 'starter_augment', 'starter_head']
 
 # %% ../nbs/81_recipes.bengali.ipynb #32282446
 import cv2
@@ -87,5 +87,5 @@ house = Recipe(competition, 'house', 'Growing pictures of their own shape, CutMi
     rule=likeliest_heads)
 house
 
-# %% ../nbs/81_recipes.bengali.ipynb #7dde61ac
-table,dls,learner,train,cross_validate,predict = verbs(house)
+# %% ../nbs/81_recipes.bengali.ipynb #e0c665d4
+table,dls,learner,train,cross_validate,predict,audit,cost,overfit,search = verbs(house)

@@ -7,21 +7,24 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.cli.html.md"""
 # %% auto #0
 __all__ = ['commands', 'usage', 'main']
 
-# %% ../nbs/90_recipes.cli.ipynb #a4c97b65
-import sys
+# %% ../nbs/90_recipes.cli.ipynb #ff4e64db
+import sys, time
 from importlib import import_module
 from .data.settings import SIDES, TASKS
+from .desk import commands as more, usage as more_usage
 from .words import named, recipe_of, split_words, task_of
 
-# %% ../nbs/90_recipes.cli.ipynb #8f500a61
-def _go_on(resume, prior=None, modules='', parent=None, **fields):
+# %% ../nbs/90_recipes.cli.ipynb #31758940
+def _go_on(resume, prior=None, modules='', parent=None, until=None, **fields):
     from recipes.recipe.ensemble import out_of_fold, runs_in
+    from recipes.recipe.clock import Clock
     from recipes.recipe.folder import Run
     from recipes.recipe.parallel import end_with
     from recipes.recipe.task import train
     if parent: end_with(parent)
     modules = tuple(filter(None, modules.split(',')))
     if prior: prior = out_of_fold(runs_in(prior, modules))
+    if until: fields['budget'] = Clock(until-time.time(), fields.get('test', False))
     return train(None, resume=Run(resume, modules=modules), prior=prior, **fields)
 
 # %% ../nbs/90_recipes.cli.ipynb #d95db1d8
@@ -56,11 +59,11 @@ def _list(words, opts):
 
 def _show(words, opts): print(recipe_of(words[0] if words else '')[1].but(**opts))
 
-# %% ../nbs/90_recipes.cli.ipynb #20849ec7
-commands = dict(train=_train, cross_validate=_cross_validate, predict=_predict, list=_list, show=_show)
+# %% ../nbs/90_recipes.cli.ipynb #b95bd201
+commands = dict(train=_train, cross_validate=_cross_validate, predict=_predict, list=_list, show=_show)|more
 usage = '\n'.join(['recipes train TASK[.RECIPE] [--path DIR] [--fold K] [--FIELD VALUE]...', 'recipes train --resume RUN',
     'recipes cross_validate TASK[.RECIPE] [--path DIR] [--parallel K] [--FIELD VALUE]...', 'recipes cross_validate TASK --resume FOLDER',
-    'recipes train boxes|landmarks|masks --path DIR [--out FILE] [--FIELD VALUE]...', 'recipes predict RUN... --out submission.csv', 'recipes list', 'recipes show TASK.RECIPE'])
+    'recipes train boxes|landmarks|masks --path DIR [--out FILE] [--FIELD VALUE]...', 'recipes predict RUN... --out submission.csv', 'recipes list', 'recipes show TASK.RECIPE', *more_usage])
 
 # %% ../nbs/90_recipes.cli.ipynb #4bb7b63d
 def main(

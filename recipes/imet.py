@@ -6,7 +6,7 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.imet.html.md"""
 
 # %% auto #0
 __all__ = ['house', 'yk', 'yk_inception', 'yk_pnasnet', 'yk_nets', 'brodt', 'methods', 'table', 'dls', 'learner', 'train',
-           'cross_validate', 'predict', 'raw_or_relative']
+           'cross_validate', 'predict', 'audit', 'cost', 'overfit', 'search', 'raw_or_relative']
 
 # %% ../nbs/80c_recipes.imet.ipynb #d300ad5a
 import numpy as np
@@ -72,5 +72,5 @@ brodt = Recipe(competition, 'brodt', 'Kirill Brodt: PNASNet at 331, fp16, rate h
 # %% ../nbs/80c_recipes.imet.ipynb #1c080600
 methods = house,first,second,yk,yk_nets,brodt
 
-# %% ../nbs/80c_recipes.imet.ipynb #e86a5dc8
-table,dls,learner,train,cross_validate,predict = verbs(house)
+# %% ../nbs/80c_recipes.imet.ipynb #06e902b3
+table,dls,learner,train,cross_validate,predict,audit,cost,overfit,search = verbs(house)

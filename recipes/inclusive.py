@@ -6,7 +6,7 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.inclusive.html.md"
 
 # %% auto #0
 __all__ = ['competition', 'house', 'softf2_stages', 'softf2', 'table', 'dls', 'learner', 'train', 'cross_validate', 'predict',
-           'draw', 'turned']
+           'audit', 'cost', 'overfit', 'search', 'draw', 'turned']
 
 # %% ../nbs/84_recipes.inclusive.ipynb #4e0e3391
 from functools import partial
@@ -61,5 +61,5 @@ softf2 = Recipe(competition, 'softf2', 'ldong87: rare labels by rank, cross entr
     opt=partial(adam, wd=1e-4), lr=1e-3, bs=64, accumulate=512, epochs=30, stages=softf2_stages, folds=few_of_each, tta=(as_is,hflip),
     rule=partial(binarise, thr=.6, min_labels=1), assumed=('sampler','scales','epochs','stages','lr','tta','folds'))
 
-# %% ../nbs/84_recipes.inclusive.ipynb #f1fb5f51
-table,dls,learner,train,cross_validate,predict = verbs(house)
+# %% ../nbs/84_recipes.inclusive.ipynb #37518ae6
+table,dls,learner,train,cross_validate,predict,audit,cost,overfit,search = verbs(house)

@@ -8,7 +8,7 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.ensemble.ht
 __all__ = ['out_of_fold', 'runs_in', 'run_fold', 'fit_parts', 'parts_of', 'run_folds', 'run_rounds', 'frame_of', 'test_scores',
            'predict_runs']
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #2bd97e33
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #d55ebb37
 import numpy as np, os, pandas as pd
 from dataclasses import replace
 from fastai.learner import Learner
@@ -18,12 +18,13 @@ from ..infer.blending import blend
 from ..infer.predictions import Predictions, save_scores, score_array
 from ..infer.tta import as_is
 from .build import folds_of, items_of, split
+from .clock import shared
 from .core import from_json
 from .folder import Run, name_of, new_folder
 from .fitting import close, fit_run
 from .parallel import fold_run, modules_of, train_apart
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #72af76d2
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #f7c10fc1
 def out_of_fold(
     runs:list, # Runs of one competition
     parts:list=None # Their held-out predictions; those that they saved by default
@@ -56,17 +57,18 @@ def runs_in(
     if not found: raise FileNotFoundError(f'{folder} has no runs in it: name the folder that `cross_validate` printed')
     return sorted(found, key=lambda o: (o.fold=='all', o.fold))
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #aac19259
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #cff28596
 def run_fold(
     recipe, # A `Recipe`
     table, # The `Table` as read
     fold, # Which
     folder:Path, # Of all folds
-    prior=None # `Predictions` that a round starts from
+    prior=None, # `Predictions` that a round starts from
+    clock=None # `Clock` of the time there is
 )->Run: # Done
     "Open, resume or train one fold"
     run = fold_run(recipe, table, fold, folder)
-    if not run.done: (fit_parts if recipe.parts else fit_run)(run, prior)
+    if not run.done: (fit_parts if recipe.parts else fit_run)(run, prior, clock)
     return run
 
 # %% ../../nbs/75_recipes.recipe.ensemble.ipynb #8116c97b
@@ -78,15 +80,17 @@ def _check_held_out(recipe, table, fold):
         if not np.array_equal(held, other): raise ValueError(f'part {i} of {recipe.name} holds out other rows in fold {fold}: '
             f'{len(np.intersect1d(held, other))} of {len(held)} are the same. Give it the `folds` and `seed` of the whole')
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #715c0c06
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #d37208be
 def fit_parts(
     run:Run, # New, or one that was stopped
-    prior=None # `Predictions` that a round starts from
+    prior=None, # `Predictions` that a round starts from
+    clock=None # `Clock` of the time there is
 )->Run: # Done
     "Train the parts of a run and join their held-out predictions"
     recipe,table = run.recipe,run.table
     _check_held_out(recipe, table, run.fold)
-    parts = [run_fold(o, table, run.fold, run.path/f'part{i}', prior) for i,o in enumerate(recipe.parts)]
+    n = len(recipe.parts)
+    parts = [run_fold(o, table, run.fold, run.path/f'part{i}', prior, shared(clock, n-i)) for i,o in enumerate(recipe.parts)]
     run.keep(recipe.but(parts=tuple(o.recipe for o in parts)))
     if run.fold=='all': return close(run, None, prior)
     joined = _join(recipe, [o.valid for o in parts], table)
@@ -102,23 +106,25 @@ def parts_of(
 # %% ../../nbs/75_recipes.recipe.ensemble.ipynb #e3f9045d
 def _join(recipe, preds, table): return recipe.join(preds, table) if recipe.join else blend(preds)
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #78e0364d
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #a4aa86c8
 def run_folds(
     recipe, # A `Recipe`
     table, # The `Table` as read
     folder=None, # Of all folds; a new one by default
     prior=None, # `Predictions` that a round starts from
-    parallel:int=1 # Folds at a time; each a process if more than 1
+    parallel:int=1, # Folds at a time; each a process if more than 1
+    clock=None # `Clock` of the time there is for all
 )->Predictions: # Out-of-fold; `.runs` are the runs
     "Train every fold of a recipe"
     folder = Path(folder or new_folder(recipe))
     old = sorted(folder.glob('*/recipe.json'))
     if old: recipe = Run(old[0].parent, table=table, modules=modules_of(recipe)).recipe
     folds = recipe.run_folds or range(folds_of(recipe, table).max()+1)
-    if parallel>1: train_apart(recipe, table, folds, folder, prior, parallel)
+    if parallel>1: train_apart(recipe, table, folds, folder, prior, parallel, clock)
     runs = []
     for fold in folds:
-        runs.append(run_fold(recipe, table, fold, folder, prior))
+        left = sum(not (folder/name_of(o)/'done.json').exists() for o in folds)
+        runs.append(run_fold(recipe, table, fold, folder, prior, shared(clock, max(1, left))))
         recipe = runs[0].recipe
     return out_of_fold(runs)
 
@@ -132,20 +138,21 @@ def _with_rounds(recipe, f):
         write_whole(f, lambda o: o.write_text(text))
     return recipe
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #28e18d18
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #445e9931
 def run_rounds(
     recipe, # A `Recipe`, with or without `rounds`
     table, # The `Table` as read
     folder=None, # Of everything; a new one by default
     prior=None, # `Predictions` that the first round starts from
-    parallel:int=1 # Folds at a time
+    parallel:int=1, # Folds at a time
+    clock=None # `Clock` of the time there is for all
 )->Predictions: # Out-of-fold, of the last round
     "Train all folds of all rounds"
     folder = Path(folder or new_folder(recipe))
     recipe = _with_rounds(recipe, folder/'rounds.json')
-    if not recipe.rounds: return run_folds(recipe, table, folder, prior, parallel)
+    if not recipe.rounds: return run_folds(recipe, table, folder, prior, parallel, clock)
     steps = [recipe.but(**o, rounds=()) for o in recipe.rounds]
-    for i,step in enumerate(steps): prior = run_folds(step, table, folder/f'round{i}', prior, parallel)
+    for i,step in enumerate(steps): prior = run_folds(step, table, folder/f'round{i}', prior, parallel, shared(clock, len(steps)-i))
     return prior
 
 # %% ../../nbs/75_recipes.recipe.ensemble.ipynb #7299ce60
@@ -160,14 +167,14 @@ def frame_of(
     if isinstance(test, (str,Path)): test = sorted(o for o in Path(test).iterdir() if o.suffix.lower() in kinds)
     return pd.DataFrame(dict(id=[Path(o).stem for o in test], path=[str(o) for o in test]))
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #d4a43556
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #041d89af
 def _views(learn, tta): return tta if isinstance(tta, tuple) else learn.recipe.tta if tta else (as_is,)
 
 def _scores(learn, frame, tta):
     items,out = items_of(learn.recipe.steps()[-1], frame),score_array((len(frame), learn.target.n_classes(learn.table)))
     return learn.recipe.scorer(learn, learn.dls.valid.new(items, y=None), _views(learn, tta), out)
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #9eea13a3
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #4e62350b
 def test_scores(
     learn, # A trained learner
     frame:pd.DataFrame, # The pictures

@@ -7,7 +7,7 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.fitting.htm
 # %% auto #0
 __all__ = ['stage_cbs', 'rates', 'stage_lr', 'begin_stage', 'fit_stage', 'rows_of', 'fit_run', 'finish', 'close']
 
-# %% ../../nbs/74_recipes.recipe.fitting.ipynb #18f4c4de
+# %% ../../nbs/74_recipes.recipe.fitting.ipynb #e9014005
 import json, random
 from contextlib import contextmanager
 from fastai.callback.training import GradientClip
@@ -62,7 +62,7 @@ def stage_lr(
     print(f'lr_find: {found["lr"]:.2g}')
     return found['lr']
 
-# %% ../../nbs/74_recipes.recipe.fitting.ipynb #57c1239c
+# %% ../../nbs/74_recipes.recipe.fitting.ipynb #4dff216c
 def begin_stage(
     learn, # Gets loss, optimizer and loaders of the stage
     i:int, # Which stage
@@ -78,15 +78,16 @@ def begin_stage(
 def fit_stage(
     learn, # Ready for the stage
     i:int, # Which stage
-    checkpoint:Checkpoint # Writes the run's files
+    checkpoint:Checkpoint, # Writes the run's files
+    cbs:list=() # More callbacks
 ):
     "Train one stage"
     step,checkpoint.stage = learn.run.recipe.steps()[i],i
     if not step.epochs: return save_weights(learn, learn.run.path/'model.safetensors')   # what is predicted needs no training
     lr = stage_lr(learn, i)
-    learn.fit(step.epochs, lr, cbs=[*step.schedule(lr, step.epochs), *stage_cbs(step), checkpoint])
+    learn.fit(step.epochs, lr, cbs=[*step.schedule(lr, step.epochs), *stage_cbs(step), checkpoint, *cbs])
 
-# %% ../../nbs/74_recipes.recipe.fitting.ipynb #a44fc181
+# %% ../../nbs/74_recipes.recipe.fitting.ipynb #5684608c
 @contextmanager
 def _says_how_to_go_on(run):
     try: yield
@@ -112,12 +113,15 @@ def rows_of(
     save_rows(run.path, more)
     return more
 
-# %% ../../nbs/74_recipes.recipe.fitting.ipynb #b3d827c1
+# %% ../../nbs/74_recipes.recipe.fitting.ipynb #c49df0ea
 def fit_run(
     run:Run, # New, or one that was stopped
-    prior=None # `Predictions` that a round starts from
+    prior=None, # `Predictions` that a round starts from
+    clock=None, # `Clock` of the time there is
+    cbs:list=() # More callbacks for all stages
 ): # The trained learner
     "Train what is left of a run, and write its predictions"
+    from recipes.recipe.budget import clock_of, ended, planned   # which needs the stages above
     for o in run.path.glob('.*.[0-9]*'): o.unlink()   # what a kill left half written
     (run.path/'stopped.json').unlink(missing_ok=True)   # it goes on
     state,recipe = run.last(),run.recipe
@@ -126,13 +130,15 @@ def fit_run(
     more = rows_of(run, prior)
     learn = learner_of(recipe.steps()[first], run.table, fold=run.fold, bare=bool(state), more=more)
     learn.recipe,learn.run,learn.state,checkpoint = recipe,run,state,_checkpoint(run)
+    clock = clock_of(run, clock, state)
     with _says_how_to_go_on(run):
+        cbs = [*planned(learn, clock, more), *cbs]
         for i in range(first, len(recipe.steps())):
             begin_stage(learn, i, more)
-            fit_stage(learn, i, checkpoint)
-    return finish(learn, prior)
+            fit_stage(learn, i, checkpoint, cbs)
+    return ended(finish(learn, prior), clock)
 
-# %% ../../nbs/74_recipes.recipe.fitting.ipynb #0da70345
+# %% ../../nbs/74_recipes.recipe.fitting.ipynb #6cba7c02
 def finish(
     learn, # Trained
     prior=None # `Predictions` whose values are used when nothing was held out

@@ -45,7 +45,7 @@ def environment()->dict: # Plain values
 @lru_cache(maxsize=4)
 def _read(competition, path, stamp, skip_bad): return competition.read(Path(path), skip_bad=skip_bad)
 
-# %% ../../nbs/73_recipes.recipe.folder.ipynb #c6cbdac4
+# %% ../../nbs/73_recipes.recipe.folder.ipynb #ac545d7c
 def read_table(
     competition, # Reads its files
     path=None, # The folder; settings, kernel input or the built-in sample by default
@@ -58,7 +58,7 @@ def read_table(
     stamp = tuple((f.name, f.stat().st_mtime_ns) for f in sorted(Path(at).glob('*.csv')))
     return _read(competition, str(at), stamp, skip_bad)
 
-# %% ../../nbs/73_recipes.recipe.folder.ipynb #6e4709ab
+# %% ../../nbs/73_recipes.recipe.folder.ipynb #6fb1b400
 class Run:
     "A run folder opened"
     def __init__(self,
@@ -115,6 +115,15 @@ class Run:
     def score(self):
         "The metric on the held-out rows"
         return json.loads((self.path/'done.json').read_text())['score'] if self.done else None
+
+# %% ../../nbs/73_recipes.recipe.folder.ipynb #07d31991
+@patch
+def report(self:Run,
+    out=None # Where to write; `report.html` in the run's folder by default
+)->Path: # The file
+    "Everything about the run in one HTML page"
+    from recipes.look.reports import report   # drawing is not needed to train
+    return report(self, out)
 
 # %% ../../nbs/73_recipes.recipe.folder.ipynb #c29d1415
 def _not_a_run(path):

@@ -7,7 +7,7 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.packed.html
 # %% auto #0
 __all__ = ['check_pack', 'data_of', 'open_pack', 'predict_pack', 'recipe_in']
 
-# %% ../../nbs/79c4_recipes.recipe.packed.ipynb #26103351
+# %% ../../nbs/79c4_recipes.recipe.packed.ipynb #1735f1f2
 import json, sys, tempfile
 from pathlib import Path
 from ..data.checks import Problems
@@ -18,7 +18,7 @@ from .core import Recipe
 from .ensemble import predict_runs
 from .folder import Run
 from .packing import digest
-from .task import changed
+from .settling import changed
 
 # %% ../../nbs/79c4_recipes.recipe.packed.ipynb #05ce9526
 def _fault(f, size, sha):

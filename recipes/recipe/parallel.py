@@ -8,9 +8,10 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.parallel.ht
 __all__ = ['modules_of', 'check_readable', 'rates_open', 'fold_run', 'child_env', 'end_with', 'FoldFailed', 'log_end',
            'FoldProcesses', 'train_apart']
 
-# %% ../../nbs/74a_recipes.recipe.parallel.ipynb #5348e022
+# %% ../../nbs/74a_recipes.recipe.parallel.ipynb #70a58503
 import os, re, subprocess, sys, time, torch
 from fastcore.basics import store_attr
+from math import isfinite
 from pathlib import Path
 from threading import Thread
 from .codec import trusted
@@ -80,7 +81,7 @@ def end_with(
         os._exit(1)
     Thread(target=watch, daemon=True).start()
 
-# %% ../../nbs/74a_recipes.recipe.parallel.ipynb #33de399a
+# %% ../../nbs/74a_recipes.recipe.parallel.ipynb #c0d3c700
 class FoldFailed(RuntimeError):
     "A fold's process ended before its run was done"
 
@@ -101,11 +102,12 @@ class FoldProcesses:
         self.running,self.failed = {},[]
 
     def start(self,
-        run:Run # Not done
+        run:Run, # Not done
+        words:list=() # More of the command line
     ):
         "Start a fold's process"
         slot = next(o for o in range(self.parallel) if o not in [s for s,_ in self.running.values()])
-        cmd = [sys.executable, '-m', 'recipes', 'train', '--resume', str(run.path.absolute()), *self.words]
+        cmd = [sys.executable, '-m', 'recipes', 'train', '--resume', str(run.path.absolute()), *self.words, *words]
         with open(run.path/'train.log', 'a') as f:
             p = subprocess.Popen(cmd, stdin=subprocess.DEVNULL, stdout=f, stderr=f, env=child_env(slot, self.parallel))
         self.running[run] = slot,p
@@ -125,36 +127,43 @@ class FoldProcesses:
             try: p.wait(10)
             except subprocess.TimeoutExpired: p.kill()
 
-# %% ../../nbs/74a_recipes.recipe.parallel.ipynb #ba783fbb
+# %% ../../nbs/74a_recipes.recipe.parallel.ipynb #6c77cc25
 def _words(recipe, prior):
     modules,words = check_readable(recipe),['--parent', str(os.getpid())]
     if prior is not None: words += ['--prior', str(prior.runs[0].path.parent.absolute())]
     return words+(['--modules', ','.join(modules)] if modules else [])
 
-def _train_all(todo, recipe, table, folder, procs):
+def _time(clock, n):
+    "What a process is told of the time: its share of it, and whether the test pictures are predicted"
+    if clock is None: return []
+    return (['--until', str(clock.share(n).until)] if isfinite(clock.limit) else [])+['--test', str(clock.test).lower()]
+
+def _train_all(todo, recipe, table, folder, procs, clock=None):
     first = todo[0]
     while todo or procs.running:
         while todo and len(procs.running)<procs.parallel and not (procs.running and rates_open(recipe)):
-            procs.start(fold_run(recipe, table, todo.pop(0), folder))
+            turns = -(-(len(todo)+len(procs.running))//procs.parallel)
+            procs.start(fold_run(recipe, table, todo.pop(0), folder), _time(clock, turns))
         time.sleep(.2)
         procs.look()
         if procs.failed: todo.clear()
         if rates_open(recipe): recipe = fold_run(recipe, table, first, folder).recipe
 
-# %% ../../nbs/74a_recipes.recipe.parallel.ipynb #bd6de7f2
+# %% ../../nbs/74a_recipes.recipe.parallel.ipynb #f656e7d9
 def train_apart(
     recipe, # A `Recipe`
     table, # The `Table` as read
     folds:list, # Which to train, unless they are done
     folder:Path, # Of all folds
     prior=None, # Out-of-fold `Predictions` of the round before
-    parallel:int=2 # Processes at a time
+    parallel:int=2, # Processes at a time
+    clock=None # `Clock` of the time there is for all
 ):
     "Train folds in processes of their own"
     todo = [o for o in folds if not (folder/name_of(o)/'done.json').exists()]
     procs = FoldProcesses(max(1, min(parallel, len(todo))), _words(recipe, prior))
     try:
-        if todo: _train_all(todo, recipe, table, folder, procs)
+        if todo: _train_all(todo, recipe, table, folder, procs, clock)
     finally:
         if procs.running: print(f'stopped; to go on: cross_validate(resume={str(folder)!r})')
         procs.stop()
