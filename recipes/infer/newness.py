@@ -25,7 +25,7 @@ def top_features(
     same = [(firsts==firsts[:,[i]]).mean(1, keepdims=True) for i in range(len(parts))]
     return np.hstack([*tops, *(o[:,:1]-o[:,1:] for o in tops), *same]).astype(np.float32)
 
-# %% ../../nbs/59c_recipes.infer.newness.ipynb #29f1de7b
+# %% ../../nbs/59c_recipes.infer.newness.ipynb #48ef96e1
 def classifiers(
     n:int # Rows they will learn from
 )->list: # Not yet fitted
@@ -60,7 +60,7 @@ def rescored(
     p = np.asarray(p).clip(1e-6)
     return (p*((1-q)/p.max(1))[:,None]).astype(np.float32)
 
-# %% ../../nbs/59c_recipes.infer.newness.ipynb #2737104e
+# %% ../../nbs/59c_recipes.infer.newness.ipynb #6ba955b9
 MIN_ROWS = 20
 
 def _learnable(new): return min(new.sum(), (~new).sum())>=MIN_ROWS
