@@ -1,5 +1,5 @@
 "Losses, worst pictures, pairs and groups of held-out predictions, for every target"
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, scipy.sparse as sparse
+import matplotlib.pyplot as plt, numpy as np, pytest, scipy.sparse as sparse
 from recipes import animal, bengali, imet, whale
 from recipes.data.fixtures import sample
 from recipes.infer.predictions import Predictions

@@ -119,9 +119,8 @@ def test_shown(f):
 
 # --- layers
 
-FLOORS = [('callbacks','recipes.data','recipes.models','recipes.losses','recipes.metrics','recipes.ranking','recipes.recall',
-    'recipes.thresholds'),
-    ('recipes.infer',), ('recipes.recipe','recipes.look'), ('recipes',), ('recipes.cli',)]   # any other module is a task
+LOWEST = 'callbacks','recipes.data','recipes.models','recipes.losses','recipes.metrics','recipes.ranking','recipes.recall','recipes.thresholds'
+FLOORS = [LOWEST, ('recipes.infer',), ('recipes.recipe','recipes.look'), ('recipes',), ('recipes.cli',)]   # any other module is a task
 
 def floor(mod):
     "How high `mod` stands: what is imported is not higher"

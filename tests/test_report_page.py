@@ -13,7 +13,7 @@ from recipes.infer.embed import by_retrieval
 from recipes.infer.tta import as_is
 from recipes.look import mistakes
 from recipes.look.drawn import charts
-from recipes.look.overview import gathered, score_interval
+from recipes.look.overview import score_interval
 from recipes.look.pages import data_table, page, section, span_of
 from recipes.look.reports import report
 from recipes.recipe.effects import held_out

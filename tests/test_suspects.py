@@ -8,7 +8,6 @@ from recipes.look.chances import softmax_at
 from recipes.look.doubts import confident_joint, counts_as, entry_doubts, label_doubts, own_chances, row_doubts, usual_chances
 from recipes.look.slices import training_counts
 from recipes.look.suspects import label_suspects, noise_shares, picture_suspects, show_suspects
-from recipes.recall import by_head
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_predict

@@ -5,8 +5,7 @@ from functools import partial
 from fastai.callback.core import Callback
 from recipes import animal
 from recipes.data.fixtures import sample
-from recipes.look import trackers
-from recipes.look.trackers import Track, config_of, extra, tensorboard, trackio_run, wandb_run
+from recipes.look.trackers import Track, config_of, tensorboard, trackio_run, wandb_run
 from recipes.recipe.core import from_json
 
 kw = dict(arch='test_resnet', pretrained=False, size=32, bs=16, lr=1e-3, precision='fp32', tta=())
