@@ -39,7 +39,7 @@ def helper(cwd, data, n):
     search(data, n)
 
 server = multiprocessing.get_context('forkserver')
-server.set_forkserver_preload(['pytest','recipes.animal','recipes.recipe.trials','optuna'])
+server.set_forkserver_preload(['pytest','recipes.animal','recipes.recipe.searching','optuna'])
 
 def test_goes_on_after_a_kill(data):
     p = server.Process(target=doomed, args=(Path.cwd(),data))

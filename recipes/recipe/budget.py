@@ -38,8 +38,12 @@ class Timed(Callback):
         self.seen = self.marks[bool(self.training)]
         self.seen.append(time.perf_counter())
 
-    def before_train(self): self.note()
-    def before_validate(self): self.note()
+    def before_train(self):
+        "Note when training begins"
+        self.note()
+    def before_validate(self):
+        "Note when validation begins"
+        self.note()
     def after_batch(self):
         "Stop this half when enough was seen"
         self.note()

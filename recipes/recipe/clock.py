@@ -157,7 +157,7 @@ def plan_line(
     return (f'budget {said(clock.limit)}: {"all " if n==full else f"{n} of "}{full} epochs{parts}, '
         f'ends after about {said(clock.spent+rest(costs, epochs))}')
 
-# %% ../../nbs/73b_recipes.recipe.clock.ipynb #10e9cd12
+# %% ../../nbs/73b_recipes.recipe.clock.ipynb #e7df5e50
 class Deadline(Callback):
     "Ends a fit in time, with its schedule at its end"
     order,during_lr_find = -9,False   # after fastai has set `pct_train`, before all that reads it
@@ -209,32 +209,35 @@ class Deadline(Callback):
     def before_batch(self):
         "Set the position, and end the epoch when the time is up"
         if not self.training: return
-        if self.iter: self.tick(self.iter)
         x = self.epoch+self.iter/self.n_iter
         self._tell(x)
         if self.iter and (x>=self.end-1e-6 or self.left(x, x)<0): raise CancelTrainException
 
+    def after_batch(self):
+        "Compare a batch, loading included, with what was measured"
+        if self.training: self.tick(self.iter+1)
+
     def after_train(self):
         "Training of this epoch is over"
-        self.tick(min(self.iter+1, self.n_iter))
         self.trained,self.learn.recorder.cancel_train = self.clock.spent,False   # part of an epoch has a training loss too
 
     def after_epoch(self):
         "Add epochs where there is time for them"
         if self.trained is not None and self.position(self.epoch+1)<1: self.lengthen(float(self.epoch+1))
 
-# %% ../../nbs/73b_recipes.recipe.clock.ipynb #147cbea7
+# %% ../../nbs/73b_recipes.recipe.clock.ipynb #f330d168
 @patch
 def now(self:Deadline)->dict: # As for `rest`
     "The costs as the machine is now"
     rate,then = self.rate[self.at],self.then[self.at]   # `slower` was measured then
-    heavier = max(1., self.costs['held']*self.row[2]/max(self.row[3], 1e-6))
-    slower = self.slower*(1+max(0., rate/then-1)*heavier)
+    heavier = min(2., max(1., self.costs['held']*self.row[2]/max(self.row[3], 1e-6)))
+    more = max(0., rate/then-1)
+    slower,end = self.slower*(1+more*heavier),self.costs['end']*self.slower*(1+more)
     def row(o, r): return [o[0], o[1]*r, o[2]*r, o[3]*slower]
     def stage(i, o):
         rates = self.rate if i==self.stage else [rate]*len(o['sizes'])
         return o|dict(find=o['find']*rate, sizes=list(map(row, o['sizes'], rates)))
-    return dict(stages=[stage(i, o) for i,o in enumerate(self.costs['stages'])], end=self.costs['end']*slower)
+    return dict(stages=[stage(i, o) for i,o in enumerate(self.costs['stages'])], end=end)
 
 @patch
 def heed(self:Deadline,
@@ -259,7 +262,7 @@ def left(self:Deadline,
     part = fit_seconds(stage, end, x, self.position(x)) if end>x else stage['sizes'][self.at][3]*(x%1>0)
     return self.clock.left-part-rest(costs, epochs or self.epochs, self.stage+1)
 
-# %% ../../nbs/73b_recipes.recipe.clock.ipynb #f1748a09
+# %% ../../nbs/73b_recipes.recipe.clock.ipynb #bfad11d1
 @patch
 def tick(self:Deadline,
     done:int # Batches of this epoch
@@ -270,10 +273,12 @@ def tick(self:Deadline,
     self.work += first*(not self.done)+train*(done-self.done)/self.n_iter
     self.last,self.done = now,done
     if self.took<.02*self.clock.limit: return
-    self.heed(self.took/max(self.work, 1e-6))
+    self.heed(min(self.took/max(self.work, 1e-6), 3*self.rate[self.at]))   # a disk that stood still does not end the fit
     self.took = self.work = 0.
     x = self.epoch+done/self.n_iter
-    if done<self.n_iter and self.left(x, self.end)<.02*self.clock.limit: self.shorten(x)
+    spare = self.left(x, self.end)/self.clock.limit
+    if done<self.n_iter and spare<.02: self.shorten(x)
+    elif done<self.n_iter and spare>.1: self.lengthen(x)
 
 # %% ../../nbs/73b_recipes.recipe.clock.ipynb #52fca92f
 @patch

@@ -22,7 +22,7 @@ from .ensemble import fit_parts, out_of_fold, run_rounds, runs_in
 from .fitting import fit_run
 from .folder import Run, make_run, read_table
 from .settling import settled
-from .trials import search
+from .searching import search
 from .tuned import predicted
 
 # %% ../../nbs/76_recipes.recipe.task.ipynb #a6918899
