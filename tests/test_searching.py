@@ -9,7 +9,7 @@ from fastai.callback.core import Callback
 from callbacks.mix import CutMix, MixUp
 from recipes import animal
 from recipes.data.fixtures import sample
-from recipes.recipe import trials
+from recipes.recipe import searching
 from recipes.recipe.core import BadField
 from recipes.recipe.folder import Run
 from recipes.recipe.space import integers, log_uniform, uniform
@@ -20,7 +20,7 @@ space = dict(lr=log_uniform(1e-4, 1e-2), mix=[None,MixUp,partial(CutMix, alpha=.
 @pytest.fixture(scope='module')
 def data(): return sample('animal', 120)
 
-def search(data, n, space=space, **kw): return trials.search(animal.house, space, data, trials=n, **dict(store='s')|ways|kw)
+def search(data, n, space=space, **kw): return searching.search(animal.house, space, data, trials=n, **dict(store='s')|ways|kw)
 
 class Die(Callback):
     "Ends the process without a word in the second epoch of the third trial"
@@ -30,8 +30,8 @@ class Die(Callback):
 
 def doomed(cwd, data):
     os.chdir(cwd)
-    real = trials.fit_run
-    trials.fit_run = lambda run, cbs: real(run, cbs=[*cbs, Die()])
+    real = searching.fit_run
+    searching.fit_run = lambda run, cbs: real(run, cbs=[*cbs, Die()])
     search(data, 5)
 
 def helper(cwd, data, n):
@@ -77,7 +77,7 @@ def test_a_bad_trial_is_recorded(data, capsys):
 def scripted(monkeypatch, values):
     "Trials whose watched values are given: one row of `values` a trial"
     def value(self): return values[self.trial.number][len(self.learn.checkpoint.history)-1]
-    monkeypatch.setattr(trials.Report, 'value', value)
+    monkeypatch.setattr(searching.Report, 'value', value)
 
 def test_laggards_are_ended(data, monkeypatch, capsys):
     scripted(monkeypatch, [[.5]*4]*5+[[.1]*4])
@@ -91,21 +91,21 @@ def test_epochs_are_counted_over_stages(data):
 
 def test_epochs_in_the_space_prune_nothing(data, monkeypatch):
     scripted(monkeypatch, [[.5]*3]*5+[[.1]*3])
-    found = trials.search(animal.house, dict(epochs=integers(1, 2)), data, trials=6, store='s', lr=1e-3, **{k:v for k,v in ways.items() if k!='epochs'})
+    found = searching.search(animal.house, dict(epochs=integers(1, 2)), data, trials=6, store='s', lr=1e-3, **{k:v for k,v in ways.items() if k!='epochs'})
     assert (found.trials.state=='done').all()
 
 def write(ids, labels, table): raise NotImplementedError
 low = replace(animal.competition, higher=False, watch=None, write=write)
 
 def test_lower_is_better(data):
-    found = trials.search(animal.house.but(competition=low), space, data, trials=2, store='low', **ways)
+    found = searching.search(animal.house.but(competition=low), space, data, trials=2, store='low', **ways)
     assert found.score==found.trials.score.min() and found.study.direction.name=='MINIMIZE'
     values = found.study.trials[0].intermediate_values
     assert min(values.values())>0   # the loss as it is
 
 def test_nested_draws_and_choices_of_functions(data):
     nested = dict(mix=lambda trial: partial(CutMix, alpha=trial.suggest_float('alpha', .2, 1)), size=[24,(24,32)], lr=uniform(1e-3, 2e-3))
-    found = trials.search(animal.house, nested, data, trials=2, store='n', **{k:v for k,v in ways.items() if k!='size'})
+    found = searching.search(animal.house, nested, data, trials=2, store='n', **{k:v for k,v in ways.items() if k!='size'})
     best = found.best
     assert best['mix'].keywords['alpha']==found.best_trial.params['alpha'] and best['size'] in (24,(24,32))
     assert found.run.recipe.mix.keywords==best['mix'].keywords and found.run.recipe.lr==best['lr']
