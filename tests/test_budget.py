@@ -14,6 +14,8 @@ from recipes.data.fixtures import sample
 from recipes.data.loaders import Items
 from recipes.recipe import budget, clock, fitting
 
+pytestmark = pytest.mark.slow
+
 tiny = dict(arch='test_resnet', pretrained=False, size=32, bs=16, lr=3e-3, precision='fp32', folds=4)
 
 @pytest.fixture(scope='module')

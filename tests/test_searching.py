@@ -14,6 +14,8 @@ from recipes.recipe.core import BadField
 from recipes.recipe.folder import Run
 from recipes.recipe.space import integers, log_uniform, uniform
 
+pytestmark = pytest.mark.slow
+
 ways = dict(arch='test_resnet', pretrained=False, size=24, epochs=2, bs=40, precision='fp32', resize=(), tta=())
 space = dict(lr=log_uniform(1e-4, 1e-2), mix=[None,MixUp,partial(CutMix, alpha=.5)])
 
