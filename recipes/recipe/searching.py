@@ -7,7 +7,7 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.searching.h
 # %% auto #0
 __all__ = ['locked', 'Report', 'tidy', 'Found', 'search']
 
-# %% ../../nbs/79_recipes.recipe.searching.ipynb #83a601a6
+# %% ../../nbs/79_recipes.recipe.searching.ipynb #6ad2b4d7
 import pandas as pd, time, warnings
 from contextlib import contextmanager
 from fastai.callback.core import Callback
@@ -18,12 +18,12 @@ from .clock import begin, said
 from .core import Recipe
 from .ensemble import fit_parts
 from .fitting import fit_run
-from .folder import Run, make_run, name_of, new_folder, read_table
+from .folder import Run, make_run, name_of, new_folder
 from .parallel import modules_of
 from .space import check_space, draw_all, space_text, text_of
-from .settling import changed, settle
+from .settling import changed, first_round, settled
 
-# %% ../../nbs/79_recipes.recipe.searching.ipynb #4e478fd9
+# %% ../../nbs/79_recipes.recipe.searching.ipynb #c2eec21d
 @contextmanager
 def locked(
     path, # The lock's file
@@ -37,7 +37,7 @@ def locked(
         except BlockingIOError: yield False
         else: yield True
 
-# %% ../../nbs/79_recipes.recipe.searching.ipynb #97455260
+# %% ../../nbs/79_recipes.recipe.searching.ipynb #348ee5e0
 def _optuna():
     try: import optuna
     except ImportError: raise ImportError("search needs Optuna: pip install 'fastai-recipes[search]'") from None
@@ -54,14 +54,14 @@ def _study(store, recipe, pruned):
     way = 'maximize' if recipe.competition.higher else 'minimize'
     with locked(store/'lock'): return optuna.create_study(study_name='search', storage=storage, direction=way, pruner=pruner, load_if_exists=True)
 
-# %% ../../nbs/79_recipes.recipe.searching.ipynb #fd5efd1d
+# %% ../../nbs/79_recipes.recipe.searching.ipynb #a52a5afc
 def _check_same(study, **about):
     "A store belongs to one question: other fields or another space would mix scores that mean different things"
     for k,v in about.items():
         if study.user_attrs.get(k, v)!=v: raise ValueError(f'this store holds trials of another {k}: name another `store`, or ask the same again')
         study.set_user_attr(k, v)
 
-# %% ../../nbs/79_recipes.recipe.searching.ipynb #0611f4b1
+# %% ../../nbs/79_recipes.recipe.searching.ipynb #4c118931
 class Report(Callback):
     "Tells a trial the watched value of each epoch, and ends it when it lags or the time is up"
     order = 91   # after `Checkpoint`, whose table it reads
@@ -96,7 +96,7 @@ def tidy(
     for o in Path(folder).rglob('*'):
         if o.suffix in ('.safetensors','.ckpt','.npy','.npz'): o.unlink(missing_ok=True)
 
-# %% ../../nbs/79_recipes.recipe.searching.ipynb #df617006
+# %% ../../nbs/79_recipes.recipe.searching.ipynb #a3a06646
 class Found:
     "The trials of a search, and the best of them"
     def __init__(self,
@@ -140,7 +140,7 @@ class Found:
         "The run of the best trial, with its weights"
         return Run(self.store/self.best_trial.user_attrs['folder']/name_of(self.fold), modules=modules_of(self.recipe))
 
-# %% ../../nbs/79_recipes.recipe.searching.ipynb #5a5d1a5d
+# %% ../../nbs/79_recipes.recipe.searching.ipynb #72267c40
 @patch(as_prop=True)
 def trials(self:Found)->pd.DataFrame: # `state`, `score`, `n_epoch`, a column a draw, `minutes`, `run`, `why`
     "A line a trial, by number"
@@ -149,14 +149,14 @@ def trials(self:Found)->pd.DataFrame: # `state`, `score`, `n_epoch`, a column a 
         minutes=o.duration and round(o.duration.total_seconds()/60, 2), run=f'{o.user_attrs.get("folder")}/{name_of(self.fold)}', why=o.user_attrs.get('why', ''))
     return pd.DataFrame([row(o) for o in trials], index=pd.Index([o.number for o in trials], name='trial'), columns=None if trials else ['state'])
 
-# %% ../../nbs/79_recipes.recipe.searching.ipynb #ce5228b0
+# %% ../../nbs/79_recipes.recipe.searching.ipynb #c9e74257
 def _state(o): return dict(COMPLETE='done', PRUNED='lagged', FAIL='failed', RUNNING='running')[o.state.name]
 def _given_up(o): return o.state.name=='FAIL' and 'why' not in o.user_attrs   # killed or interrupted, and drawn again
 
 _plots = dict(history='optimization_history', importance='param_importances', slice='slice', parallel='parallel_coordinate',
     epochs='intermediate_values')
 
-# %% ../../nbs/79_recipes.recipe.searching.ipynb #5b018ba6
+# %% ../../nbs/79_recipes.recipe.searching.ipynb #3ffb4cdc
 @patch
 def plot(self:Found,
     kind:str='history' # history, importance, slice, parallel or epochs
@@ -169,7 +169,7 @@ def plot(self:Found,
         warnings.simplefilter('ignore')
         return getattr(draws, f'plot_{_plots[kind]}')(self.study)
 
-# %% ../../nbs/79_recipes.recipe.searching.ipynb #e775a249
+# %% ../../nbs/79_recipes.recipe.searching.ipynb #9b3b95c6
 def _again(study, o):
     "Mark a trial that nobody works on as failed, and queue it again"
     optuna = _optuna()
@@ -198,7 +198,7 @@ def _draw_next(study, store, trials):
         trial.held.__enter__()
         return trial
 
-# %% ../../nbs/79_recipes.recipe.searching.ipynb #e75e2af0
+# %% ../../nbs/79_recipes.recipe.searching.ipynb #d696b4eb
 def _fit(trial, found, table, clock):
     "Train a trial; its score"
     recipe,folder = changed(found.recipe, draw_all(trial, found.space)),found.store/trial.user_attrs['folder']
@@ -228,7 +228,7 @@ def _one(trial, found, table, clock):
         study.tell(trial, state=state.FAIL)
     finally: trial.held.__exit__(None, None, None)
 
-# %% ../../nbs/79_recipes.recipe.searching.ipynb #bf3e9d57
+# %% ../../nbs/79_recipes.recipe.searching.ipynb #834e4fcd
 def _tidy_all(found):
     "Leave weights and predictions of the best trial alone"
     best = found.study.best_trial.number if found.finished else None
@@ -246,7 +246,7 @@ def _say(found, number):
 
 def _longest(found): return max((o.duration.total_seconds() for o in found.finished), default=0.)
 
-# %% ../../nbs/79_recipes.recipe.searching.ipynb #f8e05771
+# %% ../../nbs/79_recipes.recipe.searching.ipynb #fa191027
 def search(
     recipe:Recipe, # What to vary
     space:dict, # Field -> a list of choices, `uniform`, `log_uniform`, `integers`, or a function of Optuna's trial
@@ -260,7 +260,7 @@ def search(
     "Try values of fields on one fold"
     clock = begin(budget)
     check_space(space, fields)
-    recipe,table = _base(recipe, path, fields)
+    recipe,table = first_round(*settled(recipe, path, fields))
     store = Path(store or f'{new_folder(recipe)}-search').absolute()
     found = Found(_open(recipe, space, store, fold), recipe, space, store, fold)
     while trial := _wait_for_next(found, trials, clock):
@@ -271,12 +271,7 @@ def search(
     print(found)
     return found
 
-# %% ../../nbs/79_recipes.recipe.searching.ipynb #1d3235f5
-def _base(recipe, path, fields):
-    table = read_table(recipe.competition, path, fields.get('skip_bad', recipe.skip_bad))
-    if recipe.rounds: recipe = recipe.but(**recipe.rounds[0], rounds=())   # as `train` does with a fold
-    return settle(recipe, table, fields),table
-
+# %% ../../nbs/79_recipes.recipe.searching.ipynb #ab1f10ea
 def _open(recipe, space, store, fold):
     store.mkdir(parents=True, exist_ok=True)
     pruned = not recipe.parts and not {'epochs','schedule','stages'} & space.keys()

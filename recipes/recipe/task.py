@@ -7,7 +7,7 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.task.html.m
 # %% auto #0
 __all__ = ['table', 'dls', 'learner', 'train', 'cross_validate', 'predict', 'bind', 'verbs']
 
-# %% ../../nbs/76_recipes.recipe.task.ipynb #f99b8d56
+# %% ../../nbs/76_recipes.recipe.task.ipynb #11d08600
 import inspect, json, sys
 from dataclasses import fields
 from pathlib import Path
@@ -21,7 +21,7 @@ from .core import BadField, Recipe, check_names
 from .ensemble import fit_parts, out_of_fold, run_rounds, runs_in
 from .fitting import fit_run
 from .folder import Run, make_run, read_table
-from .settling import settled
+from .settling import first_round, settled
 from .searching import search
 from .tuned import predicted
 
@@ -75,14 +75,7 @@ def learner(
     recipe,table = settled(recipe, path, fields)
     return learner_of(recipe.steps()[-1], table, dls, fold)
 
-# %% ../../nbs/76_recipes.recipe.task.ipynb #eab696b6
-def _first_round(recipe, table):
-    "Rounds need the predictions of all folds: a fold by itself is trained as the first round has it"
-    if not recipe.rounds: return recipe,table
-    print(f'{recipe.competition.name}.{recipe.name} has {len(recipe.rounds)} rounds, and this is the first: cross_validate trains all')
-    return recipe.but(**recipe.rounds[0], rounds=()),table
-
-# %% ../../nbs/76_recipes.recipe.task.ipynb #bd85fb17
+# %% ../../nbs/76_recipes.recipe.task.ipynb #a3edaf29
 def train(
     recipe:Recipe, # The method
     path=None, # As for `table`
@@ -96,7 +89,7 @@ def train(
     "Train a recipe on a fold: `lr_find`, fit, best weights, held-out predictions"
     clock = begin(budget, test)
     if resume is not None: run = _resumed(resume, fields)
-    else: run = make_run(*_first_round(*settled(recipe, path, fields)), fold)
+    else: run = make_run(*first_round(*settled(recipe, path, fields)), fold)
     if run.recipe.parts: return run if run.done else fit_parts(run, _prior(prior), clock)
     return run.learner() if run.done else fit_run(run, _prior(prior), clock)
 
