@@ -26,7 +26,7 @@ from .recall import accuracy, top1
 from .recipe.core import Competition, Recipe
 from .recipe.task import verbs
 
-# %% ../nbs/82_recipes.animal.ipynb #e6420edd
+# %% ../nbs/82_recipes.animal.ipynb #e7f5548c
 def draw(
     n:int=1000 # Training pictures
 )->Path: # The folder
@@ -34,7 +34,7 @@ def draw(
     return sample('animal', n)
 
 competition = Competition('animal', 'animal', read_single, SingleLabel(), accuracy, write_single, draw, watch=top1,
-    sample_fields=dict(pretrained=False, arch='resnet18', size=48, epochs=8, bs=32, resize=()))
+    sample_fields=dict(pretrained=False, arch='resnet18', size=48, epochs=8, bs=32, resize=()), scratch=True)
 
 # %% ../nbs/82_recipes.animal.ipynb #c04beac3
 stefano = Recipe(competition, 'stefano', 'EfficientNet-B1 from scratch, RAdam, cutout', arch='tf_efficientnet_b1_ns', pretrained=False, size=224,

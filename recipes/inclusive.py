@@ -30,7 +30,7 @@ from .models.heads import linear_head
 from .recipe.core import Competition, Recipe
 from .recipe.task import verbs
 
-# %% ../nbs/84_recipes.inclusive.ipynb #0d923ce6
+# %% ../nbs/84_recipes.inclusive.ipynb #abf2521a
 def draw(
     n:int=1000 # Training pictures
 )->Path: # The folder
@@ -38,7 +38,7 @@ def draw(
     return sample('inclusive', n, draw_inclusive)
 
 competition = Competition('inclusive', 'inclusive-images-challenge', read_inclusive, MultiLabel(), f2, write_inclusive, draw, watch=f2_best,
-    sample_fields=dict(arch='resnet18', size=48, epochs=8, bs=32, resize=()))
+    sample_fields=dict(arch='resnet18', size=48, epochs=8, bs=32, resize=()), scratch=True)
 
 # %% ../nbs/84_recipes.inclusive.ipynb #e3867e2b
 house = Recipe(competition, 'house', 'ResNet-50 from scratch, soft labels, one threshold', arch='resnet50', pretrained=False, log_odds=True,

@@ -231,3 +231,11 @@ def test_command_line(path, capsys):
     assert len(runs)==2 and len(rows('both.csv'))==30
     main(['show', 'animal.stefano'])
     assert 'tf_efficientnet_b1_ns' in capsys.readouterr().out
+
+def test_from_scratch(path, recwarn):
+    "Weights from elsewhere are told, where the rules forbid them"
+    net = dict(path=path, arch='resnet18', size=48, bs=16)
+    animal.learner(**net, pretrained=False)
+    assert not [o for o in recwarn if 'from scratch' in str(o.message)]
+    with pytest.warns(UserWarning, match='rules ask for networks trained from scratch.*weights='), pytest.raises(FileNotFoundError):
+        animal.learner(**net, pretrained=False, weights='none.pth')

@@ -7,13 +7,14 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.look.costs.html.md
 # %% auto #0
 __all__ = ['peak_memory', 'Cost', 'fold_hours', 'cost_of', 'cost']
 
-# %% ../../nbs/63g_recipes.look.costs.ipynb #cd69db7c
+# %% ../../nbs/63g_recipes.look.costs.ipynb #f55ededd
 import pandas as pd, torch
 from dataclasses import dataclass
 from callbacks.resize import hw
 from ..infer.tta import class_scores
 from .rates import all_rates, nets_of, sizes_of
 from ..recipe.build import folds_of, split
+from ..recipe.finding import n_tried
 from ..recipe.settling import settled
 
 # %% ../../nbs/63g_recipes.look.costs.ipynb #156dd276
@@ -71,7 +72,7 @@ class Cost:
 
 def _hours(h): return f'{h:.1f} h' if h>=1 else f'{60*h:.1f} min' if h>=1/60 else f'{3600*h:.0f} s'
 
-# %% ../../nbs/63g_recipes.look.costs.ipynb #60cf963e
+# %% ../../nbs/63g_recipes.look.costs.ipynb #0fe68aa7
 def fold_hours(
     net, # The recipe of a network
     rates:dict, # `(stage, size)` -> what `measured` gave
@@ -83,7 +84,7 @@ def fold_hours(
         for size,epochs in sizes_of(step).items():
             o = rates[i,size]
             secs = epochs*(o['epoch']/o['train']+held/o['predict'])
-            if step.lr=='find' and size==next(iter(sizes_of(step))): secs += 100*step.bs/o['train']
+            if step.lr=='find' and size==next(iter(sizes_of(step))): secs += n_tried(step.epochs*o['epoch']//step.bs)*step.bs/o['train']
             rows.append(dict(arch=step.arch, stage=i, size=f'{size[0]} x {size[1]}', epochs=epochs, **o, hours=secs/3600))
     if rows: rows[-1]['hours'] += len(net.tta)*(held+compared*o['epoch'])/o['predict']/3600
     return pd.DataFrame(rows)

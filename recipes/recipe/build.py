@@ -8,13 +8,13 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.build.html.
 __all__ = ['resizes', 'largest', 'pictures', 'items_of', 'folds_of', 'split', 'training', 'target_of', 'dls_of', 'RecipeLearner',
            'show_truth', 'model_of', 'precision_of', 'loss_of', 'learner_of']
 
-# %% ../../nbs/72_recipes.recipe.build.ipynb #bcbe33bf
+# %% ../../nbs/72_recipes.recipe.build.ipynb #3f0c2427
 import json, numpy as np, scipy.sparse as sparse, torch
 from fastai.torch_core import default_device
 from dataclasses import replace
 from functools import partial
 from inspect import signature
-from warnings import filterwarnings
+from warnings import filterwarnings, warn
 from callbacks.checkpoint import ResumableLearner
 from callbacks.log import show_progress
 from callbacks.precision import Precision
@@ -194,7 +194,12 @@ def show_truth(
     colors = ['green' if t==d else 'firebrick' for t,d in pairs]
     return show_pictures(ims, [f'{t}\n→ {d}' for t,d in pairs], colors=colors)
 
-# %% ../../nbs/72_recipes.recipe.build.ipynb #86a15347
+# %% ../../nbs/72_recipes.recipe.build.ipynb #304921bc
+def _check_scratch(comp, recipe):
+    given = 'pretrained=True' if recipe.pretrained else recipe.weights and f'weights={recipe.weights!r}'
+    if comp.scratch and given: warn(f'{comp.slug}: the rules ask for networks trained from scratch on its own pictures, and here is {given}', stacklevel=3)
+
+# %% ../../nbs/72_recipes.recipe.build.ipynb #9c7371bb
 def model_of(
     recipe, # A `Recipe`
     table, # Says how many outputs there are
@@ -204,7 +209,9 @@ def model_of(
     target,head = target_of(recipe, table),recipe.head
     if 'sizes' in signature(head).parameters: head = partial(head, sizes=getattr(target, 'sizes', None))
     kw = dict(in_chans=recipe.channels, size=hw(recipe.size), pool=recipe.pool, head=head, wrap=recipe.wrap)
-    if not bare: kw |= dict(pretrained=recipe.pretrained, weights=recipe.weights)
+    if not bare:
+        _check_scratch(recipe.competition, recipe)
+        kw |= dict(pretrained=recipe.pretrained, weights=recipe.weights)
     model = build(recipe.arch, target.n_out(table), **dict(pretrained=False)|kw)
     if recipe.log_odds and sparse.issparse(table.y): prior_bias(model.head, np.asarray(table.y.mean(0)).ravel())
     return model

@@ -24,7 +24,7 @@ from ..models.heads import linear_head
 from ..models.pooling import GlobalAvg
 from .codec import decode, encode
 
-# %% ../../nbs/71_recipes.recipe.core.ipynb #2fe23940
+# %% ../../nbs/71_recipes.recipe.core.ipynb #79c39c09
 @dataclass(frozen=True, eq=False)
 class Competition:
     "What is given: files, target, metric and submission"
@@ -37,6 +37,7 @@ class Competition:
     sample:Callable=None # `sample(n) -> folder`: draws a small set in the competition's format, if it has one
     watch:Callable=None # `watch(y, p, table) -> float`: shown after each epoch; its name heads the column
     higher:bool=True # Is more of the metric better?
+    scratch:bool=False # Do its rules ask for networks trained from scratch?
     sample_fields:dict=field(default_factory=dict) # Fields of a recipe that the sample changes
 
 # %% ../../nbs/71_recipes.recipe.core.ipynb #ae8f2a7e
