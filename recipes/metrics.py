@@ -7,12 +7,13 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.metrics.html.md"""
 # %% auto #0
 __all__ = ['as_labels', 'f2_counts', 'f2_rows', 'f2', 'f2_groups', 'f2_curve', 'f2_best', 'compact', 'EpochMetric']
 
-# %% ../nbs/42_recipes.metrics.ipynb #11bee528
+# %% ../nbs/42_recipes.metrics.ipynb #19f591e2
 import numpy as np, pandas as pd
 from fastai.learner import Metric
 from fastai.torch_core import to_np
 from fastcore.basics import noop
 from scipy.sparse import csr_matrix, issparse, vstack
+from .data.arrays import score_array
 from .thresholds import GRID, at_thresholds, blocks
 
 # %% ../nbs/42_recipes.metrics.ipynb #31b5d3b6
@@ -110,7 +111,7 @@ def compact(
     if yb[0].ndim==2: return csr_matrix(yb[0])
     return yb[0] if len(yb)==1 else np.stack(yb, 1)
 
-# %% ../nbs/42_recipes.metrics.ipynb #ead59573
+# %% ../nbs/42_recipes.metrics.ipynb #27a37ca3
 class EpochMetric(Metric):
     "The fastai metric `func(targets, class probabilities)` over the whole validation set"
     name = None
@@ -131,9 +132,12 @@ class EpochMetric(Metric):
         p = to_np(learn.to_detach(read(learn.pred)).float())
         self.ys.append(compact(learn.to_detach(learn.yb)))
         end = self.n+len(p)
-        if self.p is None: self.p = np.empty((8*end, *p.shape[1:]), p.dtype)
-        if end>len(self.p): self.p.resize((end*5//4, *p.shape[1:]), refcheck=False)   # in place: no second copy
+        if self.p is None or end>len(self.p): self._grow(end, getattr(getattr(learn, 'dl', None), 'n', None) or 0, p.shape[1:])
         self.p[self.n:end],self.n = p,end
+
+    def _grow(self, end, n, shape):
+        old,self.p = self.p,score_array((n if end<=n else 2*end, *shape))
+        if old is not None: self.p[:self.n] = old[:self.n]
 
     @property
     def value(self):

@@ -8,6 +8,8 @@ from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from scipy.sparse import csr_array, csr_matrix, issparse
 from sklearn.metrics import fbeta_score
+from types import SimpleNamespace
+from recipes.data import arrays
 from recipes.metrics import EpochMetric, as_labels, compact, f2, f2_best, f2_counts, f2_curve, f2_groups, f2_rows
 from recipes.thresholds import GRID, at_thresholds, blocks, true_ranks
 
@@ -168,11 +170,12 @@ def test_epoch_metric_reads_out():
 
 class FakeLearner:
     "As much of a learner as a metric reads"
-    loss_func,to_detach = None,staticmethod(lambda o: o)
+    loss_func,to_detach,dl = None,staticmethod(lambda o: o),None
 
 def test_epoch_metric_memory():
     n,c,bs = 20000,500,100
     learn,m = FakeLearner(),EpochMetric(f2_best)
+    learn.dl = SimpleNamespace(n=n)
     y = torch.zeros(bs, c)
     y[:,::200] = 1
     tracemalloc.start()
@@ -183,6 +186,19 @@ def test_epoch_metric_memory():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2.2*n*c*4   # fastai's own accumulating metrics take 8.8 times
+
+@pytest.mark.parametrize('n', [None,7,64,1000])
+def test_epoch_metric_grows(n, monkeypatch):
+    "However many rows were announced, and beyond a gigabyte in a file"
+    monkeypatch.setattr(arrays, 'LARGE', 2000)
+    learn,m,p = FakeLearner(),EpochMetric(lambda y,p: p),torch.rand(70, 9)
+    learn.dl,seen = n and SimpleNamespace(n=n),[]
+    m.func = lambda y,p: seen.append(p) or p.sum()
+    for o in p.split(8):
+        learn.pred,learn.yb = o,(torch.zeros(len(o), dtype=torch.long),)
+        m.accumulate(learn)
+    assert isinstance(m.p, np.memmap) and m.value==pytest.approx(p.sum().item(), rel=1e-5) and m.p is None
+    np.testing.assert_array_equal(seen[0], p)
 
 def test_compact():
     assert issparse(compact((torch.eye(3),)))

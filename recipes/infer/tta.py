@@ -7,12 +7,12 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.infer.tta.html.md"
 # %% auto #0
 __all__ = ['as_is', 'hflip', 'random_view', 'ScoreRows', 'class_scores', 'run_through']
 
-# %% ../../nbs/53_recipes.infer.tta.ipynb #c30204cb
+# %% ../../nbs/53_recipes.infer.tta.ipynb #b5ac3522
 import numpy as np
 from fastai.callback.core import Callback, CancelBatchException
 from fastcore.basics import store_attr
 from ..data.augment import flip_only
-from .predictions import score_array
+from ..data.arrays import score_array
 
 # %% ../../nbs/53_recipes.infer.tta.ipynb #cd76a854
 def as_is(
@@ -53,7 +53,7 @@ class ScoreRows(Callback):
         self.row += len(p)
         raise CancelBatchException
 
-# %% ../../nbs/53_recipes.infer.tta.ipynb #f8e8e9a4
+# %% ../../nbs/53_recipes.infer.tta.ipynb #a8106a09
 def class_scores(
     learn, # A `Learner` with a `target`
     dl, # Loader of the pictures, in order
@@ -70,7 +70,7 @@ def class_scores(
         run_through(learn, dl.new(items, shuffle=False, drop_last=False), rows)
     return out
 
-# %% ../../nbs/53_recipes.infer.tta.ipynb #666df22c
+# %% ../../nbs/53_recipes.infer.tta.ipynb #c0f399b9
 def run_through(
     learn, # A `Learner`
     dl, # Loader of the pictures

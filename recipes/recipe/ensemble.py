@@ -8,14 +8,15 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.ensemble.ht
 __all__ = ['out_of_fold', 'runs_in', 'run_fold', 'fit_parts', 'parts_of', 'run_folds', 'run_rounds', 'frame_of', 'test_scores',
            'predict_runs']
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #d55ebb37
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #800ef076
 import numpy as np, os, pandas as pd
 from dataclasses import replace
 from fastai.learner import Learner
 from pathlib import Path
 from callbacks.checkpoint import write_whole
 from ..infer.blending import blend
-from ..infer.predictions import Predictions, save_scores, score_array
+from ..data.arrays import score_array
+from ..infer.predictions import Predictions, save_scores
 from ..infer.tta import as_is
 from .build import folds_of, items_of, split
 from .clock import shared

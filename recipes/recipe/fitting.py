@@ -7,7 +7,7 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.fitting.htm
 # %% auto #0
 __all__ = ['stage_cbs', 'stage_lr', 'begin_stage', 'fit_stage', 'rows_of', 'fit_run', 'finish', 'close']
 
-# %% ../../nbs/74_recipes.recipe.fitting.ipynb #34df1c27
+# %% ../../nbs/74_recipes.recipe.fitting.ipynb #054dd22e
 import json, random
 from contextlib import contextmanager
 from fastai.callback.training import GradientClip
@@ -18,7 +18,8 @@ from callbacks.checkpoint import Checkpoint, load_weights, save_weights, write_w
 from callbacks.freeze import Freeze
 from callbacks.nan import StopOnNaN
 from callbacks.resize import MultiScale, ProgressiveResize, hw
-from ..infer.predictions import save_scores, score_array
+from ..data.arrays import score_array
+from ..infer.predictions import save_scores
 from .build import dls_of, learner_of, loss_of, resizes, split
 from .finding import found_lr
 from .folder import Run
