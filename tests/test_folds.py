@@ -153,3 +153,9 @@ def test_fold_rows():
     assert train.tolist()==[0,1,2,3] and valid.tolist()==[]
     for o in 2,-1,'1':
         with pytest.raises(ValueError, match="there are 2, from 0 to 1, or 'all'"): fold_rows(folds, o)
+
+def test_stratify_has_a_limit():
+    "What would take gigabytes and hours is refused at once, and what can be done instead is said"
+    y = sparse.random(300_000, 7178, density=1e-5, format='csr', random_state=0)
+    y.data[:] = 1
+    with pytest.raises(ValueError, match='300,000 rows of 7,178 classes.*greedy_folds'): stratify(y)

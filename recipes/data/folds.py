@@ -32,7 +32,7 @@ def _check_n(n, rows):
     if n>rows: raise ValueError(f'{n} folds of {rows} rows: some would be empty, give at most {rows}')
     return int(n)
 
-# %% ../../nbs/24_recipes.data.folds.ipynb #132bec7e
+# %% ../../nbs/24_recipes.data.folds.ipynb #8ded9314
 def stratify(
     y:np.ndarray|sparse.csr_matrix, # Rows by classes of 0 and 1
     n:int=5, # Number of folds
@@ -41,6 +41,8 @@ def stratify(
     "Folds by iterative stratification (Sechidis et al., 2011), of `iterative-stratification`"
     vals = y.data if sparse.issparse(y) else np.asarray(y)
     if not np.isin(vals, (0, 1)).all(): raise ValueError('stratify needs a column of 0 and 1 for each class; see `one_hot`')
+    if np.prod(y.shape, dtype=float)>1e9: raise ValueError(f'stratify {y.shape[0]:,} rows of {y.shape[1]:,} classes: '
+        f'that needs {np.prod(y.shape, dtype=float)/1e9:.0f} GB and hours; give folds=greedy_folds, which goes by the rarest label of a row')
     y = y.astype(bool).toarray() if sparse.issparse(y) else np.asarray(y, dtype=bool)
     folds = np.zeros(len(y), dtype=int)
     kf = MultilabelStratifiedKFold(_check_n(n, len(y)), shuffle=True, random_state=seed)
