@@ -12,7 +12,7 @@ from recipes.data.augment import flip_only, random_resized_crop, squish
 from recipes.data.loaders import Items, make_dls
 from recipes.data.targets import Identity
 from recipes.infer.embed import by_retrieval, embeddings, gallery_of
-from recipes.infer.gallery import id_centres, id_scores, nearest, similarities, unit
+from recipes.infer.gallery import _layout, id_centres, id_scores, max_by_id, nearest, similarities, unit
 from recipes.infer.hardest import hardest_pairs
 from recipes.infer.neighbours import by_neighbours, neighbour_blend, tune_blend
 from recipes.infer.rerank import expanded, k_reciprocal, neighbour_sets, reranked, reranked_scores
@@ -274,3 +274,13 @@ def test_blend_found_is_the_best_of_all():
     best = tune_blend(cos, p, y, **grid)
     each = [tune_blend(cos, p, y, shares=(s,), temperatures=(t,))['score'] for s in grid['shares'] for t in grid['temperatures']]
     assert best['score']==max(each)>each[0]
+
+def test_max_by_id_with_every_count():
+    "Ids with none to fourteen pictures, and the unknown among them, laid out or not"
+    y = np.random.default_rng(0).permutation(np.repeat(np.arange(16), [*range(15),5]))   # the last is no id
+    b = np.random.default_rng(1).standard_normal((70, len(y))).astype(np.float32)
+    want = np.stack([b[:,y==i].max(1) if (y==i).any() else np.full(70, -1) for i in range(15)], 1)
+    np.testing.assert_array_equal(max_by_id([(slice(0, 70),b)], y, np.empty((70,15), np.float32)), want)
+    order = _layout(y, 15)[0]
+    assert (_layout(y[order], 15)[0]==np.arange(len(order))).all()
+    np.testing.assert_array_equal(max_by_id([(slice(0, 70),b[:,order])], y[order], np.empty((70,15), np.float32)), want)

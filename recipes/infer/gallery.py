@@ -92,28 +92,43 @@ def id_centres(
         keep = _trimmed((vectors*c[np.where(keep, y, 0)]).sum(1), y, n, keep)
     return _centres(vectors, y, n, keep)
 
-# %% ../../nbs/58_recipes.infer.gallery.ipynb #217b7b07
-def _by_id(y, n):
-    "Positions in the order of their ids, and how many each id has"
+# %% ../../nbs/58_recipes.infer.gallery.ipynb #12315aae
+def _layout(y, n, few=8):
+    "An order of the positions, and how it goes: `(ids, pictures of each)` up to `few`, then the ids with more and where each begins"
     order = np.argsort(np.where(known(y, n), y, n), kind='stable')[:known(y, n).sum()]
-    return order,np.bincount(y[order], minlength=n)
+    count = np.bincount(y[order], minlength=n)
+    first,parts = count.cumsum()-count,[]
+    layers = [(np.flatnonzero(count==c), c) for c in range(1, few+1)]
+    for ids,c in layers: parts.append(order[first[ids]+np.arange(c)[:,None]].ravel())
+    many = np.flatnonzero(count>few)
+    parts += [order[first[o]:first[o]+count[o]] for o in many]
+    return np.concatenate(parts),layers,(many, count[many].cumsum()-count[many]),np.flatnonzero(count==0)
 
-# %% ../../nbs/58_recipes.infer.gallery.ipynb #441db8cd
+def _fill(o, b, layers, many, none):
+    "The greatest of `b` for each id, into `o`"
+    i = 0
+    for ids,c in layers:
+        res = b[:,i:i+len(ids)]
+        for j in range(1, c): res = np.maximum(res, b[:,i+j*len(ids):i+(j+1)*len(ids)])
+        o[:,ids],i = res,i+c*len(ids)
+    if len(many[0]): o[:,many[0]] = np.maximum.reduceat(b[:,i:], many[1], 1)
+    o[:,none] = -1
+
+# %% ../../nbs/58_recipes.infer.gallery.ipynb #c0723592
 def max_by_id(
     blocks, # Yields slices of queries, and their similarities to pictures, `rows x m`
     y:np.ndarray, # Class indices of the pictures
     out:np.ndarray # `n x ids`, written to
 )->np.ndarray: # `out`
     "The greatest similarity to a picture of each id"
-    order,count = _by_id(np.asarray(y), out.shape[1])
-    ready = np.array_equal(order, np.arange(len(y)))   # pictures that lie id by id need no sorting, a block after another
-    last,starts = np.flatnonzero(count).max(initial=-1)+1,count.cumsum()-count
-    def fill(o, b):
-        if last: np.maximum.reduceat(b if ready else b.take(order, 1), starts[:last], 1, out=o[:,:last])
-        o[:,count==0] = -1
-    n = os.cpu_count() or 1
-    with ThreadPoolExecutor(n) as pool:   # NumPy lets go of the interpreter meanwhile
-        for rows,b in blocks: list(pool.map(fill, np.array_split(out[rows], n), np.array_split(b, n)))
+    y = np.asarray(y)
+    order,*plan = _layout(y, out.shape[1])
+    ready = np.array_equal(order, np.arange(len(y)))   # laid out already
+    def fill(o, b): _fill(o, b if ready else b.take(order, 1), *plan)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:   # NumPy lets go of the interpreter meanwhile
+        for rows,b in blocks:
+            parts = [slice(i, i+32) for i in range(0, len(b), 32)]
+            list(pool.map(fill, [out[rows][o] for o in parts], [b[o] for o in parts]))
     return out
 
 def id_scores(
@@ -127,7 +142,7 @@ def id_scores(
     if how not in ('max','mean','centre'): raise ValueError(f"ids are scored by 'max', 'mean' or 'centre', not {how!r}")
     y,out = np.asarray(y),np.empty((len(queries), n), np.float32)
     if how=='max':
-        order = _by_id(y, n)[0]
+        order = _layout(y, n)[0]
         return max_by_id(similarities(queries, np.asarray(gallery)[order]), y[order], out)
     ok = known(y, n)
     count = np.bincount(y[ok], minlength=n)
