@@ -89,7 +89,7 @@ def suspects_section(
     return section('Doubtful labels', P('Where the model, which has not seen these pictures, is surer of something else than is usual '
         'for the class. Look at them before you believe it.'), cards(thumbnails(_frame(labels.preds, df.index)), df.id, said))
 
-# %% ../../nbs/69b_recipes.look.mistakes.ipynb #0cdb10b3
+# %% ../../nbs/69b_recipes.look.mistakes.ipynb #266c7e1a
 def mixed_section(
     labels:Labels, # Of held-out pictures
     pairs:int=8, # Pairs of classes
@@ -102,7 +102,7 @@ def mixed_section(
         ims = thumbnails(_frame(preds, mixed_rows(preds, o.a, o.b, n)), 120)
         row = Div(*(picture(im, f'{o.truth} taken for {o.decided}') for im in ims), cls='row')
         what = f'{o.group}: '*preds.table.is_multi
-        often = Span(f'{what}{o.times} times, {o.share:.0%} of its pictures', cls='soft')
+        often = Span(f'{what}{"once" if o.times==1 else f"{o.times} times"}, {o.share:.0%} of its pictures', cls='soft')
         return Figure(row, Figcaption(Span(o.truth), Span(Span('taken for ', cls='soft'), o.decided), often))
     shown = Div(*map(one, df.itertuples()), cls='pictures strip')
     return section('Mixed up', P('Where one class was missed and another one answered.'), shown)
