@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from .ema import ema_weights
 
-# %% ../nbs/16_callbacks.checkpoint.ipynb #29b38911
+# %% ../nbs/16_callbacks.checkpoint.ipynb #02d0d307
 def write_whole(
     path, # The file to write
     write # Writes the file it is given
@@ -29,7 +29,11 @@ def write_whole(
     "Write beside `path`, then rename: a kill leaves the old file or the new one, never half of one"
     path = Path(path)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}')
-    try: write(tmp)
+    tmp.touch()
+    mode = tmp.stat().st_mode   # safetensors would leave a file that nobody else may read
+    try:
+        write(tmp)
+        tmp.chmod(mode)
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise

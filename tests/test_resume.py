@@ -205,6 +205,12 @@ def test_last_is_plain(done):
     assert len(state['rng']['dls'])==2
     assert set(state['cbs'])=={'ema','checkpoint','precision'}   # not the model once more for every other callback
 
+def test_rights(done):
+    "A team reads each other's runs: every file has the rights of any new file"
+    run = done('fp32', whole)
+    (run/'note.txt').touch()
+    assert {o.name:o.stat().st_mode for o in run.iterdir()}==dict.fromkeys((o.name for o in run.iterdir()), (run/'note.txt').stat().st_mode)
+
 def test_no_rubbish(path):
     "What a killed write left is not there when the run is done"
     run = kill(path, whole, write=('last.ckpt',2))

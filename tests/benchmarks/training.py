@@ -75,7 +75,7 @@ def clocked():
 
 def recipe_of(setup, seed):
     "Our side as a recipe"
-    kw = dict(arch=setup.arch, size=setup.size, bs=setup.bs, epochs=setup.epochs, seed=seed, lr=setup.lr or 'find')
+    kw = dict(arch=setup.arch, size=setup.size, bs=setup.bs, epochs=setup.epochs, seed=seed, lr=setup.lr or setup.verbs.house.lr)
     return setup.verbs.house.but(**dict(pretrained=False, resize=(), tta=(as_is,))|kw|setup.fields)
 
 def ours(path, setup, seed):
