@@ -88,6 +88,15 @@ def test_cache_not_writable(tmp_path, monkeypatch):
     monkeypatch.setattr(settings.tempfile, 'tempdir', None)
     assert setting('cache').parent==tmp_path
 
+def test_workers_are_shared(tmp_path, monkeypatch):
+    "Folds that are trained at a time share the cores, unless a number was asked for"
+    monkeypatch.setattr(settings.os, 'sched_getaffinity', lambda pid: set(range(6)), raising=False)
+    for n,want in ((1,6),(2,3),(4,1),(9,1)):
+        monkeypatch.setenv('RECIPES_PARALLEL', str(n))
+        assert setting('workers')==want
+    _mk(tmp_path/'settings.ini', '[DEFAULT]\nworkers = 5\n')
+    assert setting('workers')==5
+
 @pytest.mark.parametrize('n', ['two','-1','1.5'])
 def test_bad_workers(tmp_path, n):
     _mk(tmp_path/'settings.ini', f'[DEFAULT]\nworkers = {n}\n')

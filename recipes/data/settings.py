@@ -63,7 +63,7 @@ def data_path(
     else: print(f'{task}: no data given (path=, settings.ini or {KAGGLE/slug}), so the built-in sample')
     return res
 
-# %% ../../nbs/19_recipes.data.settings.ipynb #b18da3f1
+# %% ../../nbs/19_recipes.data.settings.ipynb #7ca9ce9f
 def _writable(d):
     "Whether files can be made in folder `d`, which is made if need be"
     try:
@@ -79,8 +79,9 @@ def _cache():
     return res if _writable(res) else Path(tempfile.gettempdir())/f'fastai-recipes-{user}'
 
 def _workers(s, f):
-    "The number of processes that setting `s` of file `f` asks for, else as many as cores"
-    if not s: return min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(), 8)
+    "The number of processes that setting `s` of file `f` asks for, else as many as cores for each fold trained at a time"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    if not s: return max(1, min(cores//int(os.environ.get('RECIPES_PARALLEL', 1)), 8))
     if not s.isdecimal(): raise ValueError(f'workers = {s} in {f}: give a whole number, 0 or more')
     return int(s)
 

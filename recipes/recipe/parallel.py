@@ -59,14 +59,14 @@ def _gpus():
     visible = os.environ.get('CUDA_VISIBLE_DEVICES')
     return visible.split(',') if visible else [str(i) for i in range(torch.cuda.device_count())]
 
-# %% ../../nbs/74a_recipes.recipe.parallel.ipynb #d2de1919
+# %% ../../nbs/74a_recipes.recipe.parallel.ipynb #3bc11727
 def child_env(
     slot:int, # Which of the processes
     parallel:int # How many there are
 )->dict: # Environment variables
     "The environment of a fold's process"
     threads = str(max(1, torch.get_num_threads()//parallel))
-    env = os.environ | dict(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, PYTHONUNBUFFERED='1')
+    env = os.environ | dict(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, PYTHONUNBUFFERED='1', RECIPES_PARALLEL=str(parallel))
     gpus = _gpus()
     if len(gpus)>1: env['CUDA_VISIBLE_DEVICES'] = gpus[slot%len(gpus)]
     return env | dict(PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
