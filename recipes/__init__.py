@@ -4,7 +4,7 @@ __version__ = '0.0.1'
 _modules = 'imet','bengali','animal','whale','inclusive','boxes','landmarks','masks'
 _names = dict(Recipe='recipe.core', Competition='recipe.core', from_json='recipe.core', Run='recipe.folder', blend='recipe.effects',
     Predictions='infer.predictions', runs='look.record', note='look.record', compare_runs='look.against', plot_curves='look.against',
-    plot_trust='look.against', medal='look.medals')
+    plot_trust='look.against', medal='look.medals', pack='recipe.packing')
 __all__ = [*_modules, *_names]
 
 def __getattr__(name):
