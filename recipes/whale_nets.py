@@ -6,14 +6,15 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.whale_nets.html.md
 
 # %% auto #0
 __all__ = ['competition', 'third', 'zero_one', 'first_stages', 'first', 'seventh', 'ninth', 'fifteenth', 'yu4u', 'draw',
-           'third_augment', 'masked_box', 'first_augment', 'common_first', 'seventh_augment', 'placed_stages',
-           'ninth_augment', 'pad_crop', 'yu4u_augment']
+           'third_augment', 'masked_box', 'first_augment', 'common_first', 'seventh_augment', 'centre_rate',
+           'placed_stages', 'ninth_augment', 'pad_crop', 'yu4u_augment']
 
-# %% ../nbs/83_recipes.whale_nets.ipynb #f4b87456
+# %% ../nbs/83_recipes.whale_nets.ipynb #e737e8de
 import cv2, numpy as np
 from functools import partial
 from pathlib import Path
 from callbacks.annealing import annealed
+from callbacks.apart import OwnSGD
 from callbacks.optim import adam
 from callbacks.schedule import cosine, steps
 from .data.augment import alb, none, squish
@@ -37,7 +38,7 @@ from .losses.open import OpenLoss
 from .losses.sphere import SphereFaceLoss
 from .losses.top import TopBceLoss
 from .models.margin import CosineHead, KeepMap, pudae_head, yu4u_head
-from .models.parts import FirstHead, Ring, StripeHead
+from .models.parts import FirstHead, Ring, StripeHead, centres_of
 from .models.stages import EachPool, Stages, add_coords
 from .ranking import map5, map5_best
 from .recipe.core import Competition, Recipe
@@ -116,6 +117,11 @@ seventh = Recipe(competition, 'seventh', '7th place: stripes with classifiers of
     loss=partial(PartsLoss, extra=ring, weight=.01), sampler=known, bs=20, clip=.1, epochs=200, lr=2e-3,
     stages=(dict(epochs=100, freeze=100, lr=6.7e-3),dict(epochs=100, lr=(2e-4,2e-3))), folds=hold_each, tta=(as_is,),
     scorer=by_neighbours, rule=with_unknown, tune=tune_map5, assumed=('arch',))
+
+# %% ../nbs/83_recipes.whale_nets.ipynb #f38654ee
+def centre_rate()->list: # Callbacks
+    "Centres by plain gradient descent at .5, as in Wen et al. (2016) and the seventh place's code"
+    return [OwnSGD(centres_of, .5)]
 
 # %% ../nbs/83_recipes.whale_nets.ipynb #8aac1e53
 def placed_stages(

@@ -2,16 +2,21 @@
 import math
 from functools import partial
 import pytest, torch
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
 from torch import nn
 from torch.nn import functional as F
+from callbacks.optim import adamw
 from recipes.losses.core import SoftmaxLoss
 from recipes.losses.features import PartsLoss, centre, ring
 from recipes.models.backbone import body
 from recipes.models.heads import ImageModel, body_head, linear_head
 from recipes.models.margin import CosineHead, KeepMap
-from recipes.models.parts import Centres, FirstHead, Ring, RowBranch, StripeHead, stripes
+from recipes.models.parts import Centres, FirstHead, Ring, RowBranch, StripeHead, centres_of, stripes
 from recipes.models.pooling import GeM, GlobalAvg, gem
 from recipes.models.stages import CoordConv, EachPool, Stages, add_coords, coords
+from recipes.whale_nets import centre_rate
 
 def test_stripe_features_by_hand():
     "GeM 3.74, batch norm, linear, CELU, batch norm, of a quarter of the width each"
@@ -162,3 +167,21 @@ def test_coords_and_stages_together():
     out = ImageModel(b, EachPool(), linear_head(b.num_features, 4))(torch.randn(2,3,64,64))
     assert out.shape==(2,4) and any(k.endswith('place.weight') for k in b.state_dict())
     assert isinstance(EachPool().pool, GlobalAvg)
+
+def test_centres_at_their_own_rate():
+    "By the formula, untouched by Adam and by weight decay, and the rest of the model moves"
+    torch.manual_seed(0)
+    model = ImageModel(nn.Conv2d(3, 6, 1), KeepMap(), StripeHead(6, 5, dim=7, drop=0., extra=Centres))
+    loss,x,y = PartsLoss(extra=centre, weight=.5),torch.rand(4,3,4,8),torch.tensor([1,3,1,0])
+    (c,),items = centres_of(model),list(zip(x, y))
+    was,other = c.detach().clone(),model.head.necks[0][3].weight.detach().clone()
+    seen = []
+    class Seen(Callback):
+        "Keeps the gradient of the centres"
+        order = 79
+        def before_step(self): seen.append(c.grad.clone())
+    dls = DataLoaders.from_dsets(items, items, bs=4, num_workers=0, device='cpu')
+    learn = Learner(dls, model, loss_func=loss, opt_func=partial(adamw, wd=.1), cbs=[Seen(),*centre_rate()])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+    assert seen[0].abs().sum()>0 and torch.allclose(c, was-.5*seen[0], atol=1e-6)
+    assert not torch.equal(model.head.necks[0][3].weight, other)
