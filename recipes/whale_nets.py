@@ -9,13 +9,13 @@ __all__ = ['competition', 'third', 'zero_one', 'first_stages', 'first', 'seventh
            'third_augment', 'masked_box', 'first_augment', 'common_first', 'seventh_augment', 'centre_rate',
            'placed_stages', 'ninth_augment', 'pad_crop', 'yu4u_augment']
 
-# %% ../nbs/83_recipes.whale_nets.ipynb #e737e8de
+# %% ../nbs/83_recipes.whale_nets.ipynb #0b126e26
 import cv2, numpy as np
 from functools import partial
 from pathlib import Path
 from callbacks.annealing import annealed
-from callbacks.apart import OwnSGD
 from callbacks.optim import adam
+from callbacks.own_sgd import OwnSGD
 from callbacks.schedule import cosine, steps
 from .data.augment import alb, none, squish
 from .data.boxes import boxed, larger
