@@ -49,6 +49,15 @@ def test_named(f):
     exp = [o[1] for c in cells if (o := re.search(r'^#\| *default_exp +(\S+)', c, re.M))]
     assert exp==[f.stem.split('_', 1)[-1]] or (not exp and '.' not in f.stem)
 
+LINK = re.compile(r'https://fastai-recipes\.github\.io/fastai-recipes/([\w.]+)\.html')
+
+@each_nb
+def test_linked(f):
+    "Links between pages go to the site's address, and to pages that are there"
+    text = '\n'.join(''.join(c.source) for c in read_nb(f).cells if c.cell_type=='markdown')
+    pages = {o.stem.split('_', 1)[-1] if o.stem[0].isdigit() else o.stem for o in nbs}
+    assert not {*LINK.findall(text)}-pages and not re.findall(r'\]\([^)]*\.ipynb\b[^)]*\)', text)
+
 # --- nothing of the machine it was made on
 
 AT = re.compile(r'(?<![\w.}/:])/(?:work|root|home|Users|tmp|private|var/folders)/[\w.~-]+|site-packages')
