@@ -7,7 +7,7 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.infer.embed.html.m
 # %% auto #0
 __all__ = ['Catcher', 'embeddings', 'gallery_of', 'scored', 'added', 'by_retrieval']
 
-# %% ../../nbs/58c_recipes.infer.embed.ipynb #79e944a2
+# %% ../../nbs/58c_recipes.infer.embed.ipynb #168bc5ba
 import numpy as np
 from functools import partial
 from numpy.lib.format import open_memmap
@@ -47,7 +47,7 @@ class Catcher:
         "The array, when it is known how long a vector is"
         return np.zeros(shape, np.float32) if self.path is None else open_memmap(self.path, 'w+', np.float32, shape)
 
-# %% ../../nbs/58c_recipes.infer.embed.ipynb #6d457ac2
+# %% ../../nbs/58c_recipes.infer.embed.ipynb #5dea31c0
 def _fill(learn, dl, views, scores, path=None):
     catch = Catcher(len(dl.dataset), len(views), path)
     hook = learn.model.head.register_forward_pre_hook(catch)
@@ -73,7 +73,7 @@ def embeddings(
     write_whole(out, partial(_fill, learn, dl, views, scores))
     return np.load(out, mmap_mode='r', allow_pickle=False)
 
-# %% ../../nbs/58c_recipes.infer.embed.ipynb #3ee4df60
+# %% ../../nbs/58c_recipes.infer.embed.ipynb #8be12566
 def gallery_of(
     learn, # A `Learner` with a `table`
     dl # Loader of the queries
@@ -82,11 +82,13 @@ def gallery_of(
     items,n = learn.dls.train.dataset,learn.target.n_classes(learn.table)
     rows = np.asarray(items.rows)
     rows = rows[known(np.asarray(learn.dls.train.y)[rows], n)]
+    asked = {dl.dataset.ids[i] for i in dl.dataset.rows} & set(learn.table.test.id)
+    rows = rows[[items.ids[i] not in asked for i in rows]]   # nor a test picture with a pseudo label, which would find itself
     if not len(rows): raise ValueError(f'no picture of a known id among {len(items)} training pictures: there is nothing to compare with')
     items = items.but(rows=rows.tolist(), train=False, mirror=False, size=dl.dataset.size)
     return dl.new(items, y=None, shuffle=False, drop_last=False),np.asarray(learn.dls.train.y)[rows]
 
-# %% ../../nbs/58c_recipes.infer.embed.ipynb #88f3adfd
+# %% ../../nbs/58c_recipes.infer.embed.ipynb #432ee28f
 def scored(
     score, # 'max', 'mean', 'centre', or a function of the other arguments
     *args # Queries, gallery, class indices of the gallery, number of classes
@@ -104,7 +106,7 @@ def added(
     for i in range(0, len(p), 4096): out[i:i+4096] += weight*p[i:i+4096]   # `out` may be a file
     return out
 
-# %% ../../nbs/58c_recipes.infer.embed.ipynb #8d25da1e
+# %% ../../nbs/58c_recipes.infer.embed.ipynb #cf07ca41
 def by_retrieval(
     learn, # A `Learner` with a `target` and a `table`
     dl, # Loader of the pictures, in order

@@ -7,10 +7,10 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.infer.keypoints.ht
 # %% auto #0
 __all__ = ['bounded', 'equalised', 'believed', 'sift', 'rooted', 'made_of', 'settings_of', 'cores', 'Keypoints']
 
-# %% ../../nbs/58f_recipes.infer.keypoints.ipynb #36e1dd81
+# %% ../../nbs/58f_recipes.infer.keypoints.ipynb #87b8c04a
 import cv2, hashlib, json, numpy as np, os, warnings
 from functools import singledispatch
-from inspect import signature
+from inspect import getsource, signature
 from callbacks.checkpoint import write_whole
 from ..data.boxes import Boxed
 from ..data.cache import PictureCache, ahead
@@ -99,14 +99,20 @@ def _(src:Boxed, row):
     rows = [src.boxes[row],src.sizes[row],[] if src.steps is None else src.steps[row]]
     return ['box',made_of(src.pictures, row),*(np.asarray(o).tolist() for o in rows),src.margin,src.aspect,src.scale,src.pad]
 
-# %% ../../nbs/58f_recipes.infer.keypoints.ipynb #12927dd3
+# %% ../../nbs/58f_recipes.infer.keypoints.ipynb #4646ce64
+def _source(f):
+    try: return getsource(f)
+    except (OSError,TypeError): return f.__code__.co_code.hex()
+
+# %% ../../nbs/58f_recipes.infer.keypoints.ipynb #f3a6993c
 def settings_of(
     detect # `detect(im) -> places, descriptors`, or a `partial` of it
 )->dict: # Name of the function, and its keywords
     "How keypoints are looked for"
     f = getattr(detect, 'func', detect)
     given = {k:o.default for k,o in signature(f).parameters.items() if o.default is not o.empty}
-    return dict(by=f'{f.__module__}.{f.__qualname__}')|given|getattr(detect, 'keywords', {})
+    own = {} if f.__module__.startswith('recipes.') else dict(source=_source(f))   # one's own function may be edited
+    return dict(by=f'{f.__module__}.{f.__qualname__}')|own|given|getattr(detect, 'keywords', {})
 
 # %% ../../nbs/58f_recipes.infer.keypoints.ipynb #7c7b34e6
 _version = 1   # of `sift` and of the files' layout

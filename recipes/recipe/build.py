@@ -77,7 +77,7 @@ def _stats(recipe):
 def _tfms(recipe): return recipe.crop,recipe.augment
 def _workers(device): return setting('workers') if torch.device(device).type=='cuda' else 0
 
-# %% ../../nbs/72_recipes.recipe.build.ipynb #e950cc84
+# %% ../../nbs/72_recipes.recipe.build.ipynb #105490af
 def items_of(
     recipe, # A `Recipe`
     frame, # `train` or `test` of a table
@@ -93,7 +93,8 @@ def folds_of(
     table # The `Table` as read
 )->np.ndarray: # Fold of each row; -1 is never held out
     "The fold of each row, worked out once for a table"
-    kept,key = vars(table).setdefault('_folds', {}),(json.dumps(encode(recipe.folds)),recipe.seed)
+    kept = vars(table).setdefault('_folds', {})
+    key = json.dumps(encode(recipe.folds)),func_of(recipe.folds),recipe.seed   # a function that was edited is another one
     if key not in kept: kept[key] = assign_folds(table, recipe.folds, recipe.seed)
     return kept[key]
 

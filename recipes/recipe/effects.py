@@ -7,7 +7,7 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.effects.htm
 # %% auto #0
 __all__ = ['runs_of', 'held_out', 'blend', 'of_view', 'added_views', 'effect_of_tta']
 
-# %% ../../nbs/77_recipes.recipe.effects.ipynb #da17b577
+# %% ../../nbs/77_recipes.recipe.effects.ipynb #e7ea4665
 import pandas as pd
 from fastai.learner import Learner
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..infer import blending
 from ..infer.compare import gain_over, verdict
 from ..infer.predictions import Predictions
 from ..infer.tta import as_is
-from .ensemble import out_of_fold, predict_runs, runs_in
+from .ensemble import out_of_fold, parts_of, predict_runs, runs_in
 from .folder import Run
 
 # %% ../../nbs/77_recipes.recipe.effects.ipynb #2723ca4d
@@ -45,16 +45,22 @@ def blend(
     "Average predictions: the sum of `w * p**power`, with weights that sum to one"
     return blending.blend([held_out(o) for o in preds], weights, power)
 
-# %% ../../nbs/77_recipes.recipe.effects.ipynb #69a94904
+# %% ../../nbs/77_recipes.recipe.effects.ipynb #44b93e80
+def _seen_by(run, held, views):
+    frame = run.table.train.iloc[held.rows]
+    if not run.recipe.parts: return predict_runs(run.learner(), frame, views).p
+    preds = [predict_runs(o, frame, views) for o in parts_of(run)]
+    for o in preds: o.rows,o.folds,o.oof = held.rows,held.folds,None   # a join that learns must not fit the rows it is scored on
+    return (run.recipe.join(preds, run.table) if run.recipe.join else blend(preds)).p
+
+# %% ../../nbs/77_recipes.recipe.effects.ipynb #cbedbc40
 def of_view(
     runs:list, # Runs of all folds
     view # From items to items
 )->Predictions: # Out-of-fold, by that view alone
     "Held-out rows predicted again, by one view"
     parts = [o.valid for o in runs]
-    for run,part in zip(runs, parts):
-        model = run if run.recipe.parts else run.learner()
-        part.p = predict_runs(model, run.table.train.iloc[part.rows], (view,)).p
+    for run,part in zip(runs, parts): part.p = _seen_by(run, part, (view,))
     return out_of_fold(runs, parts)
 
 def added_views(

@@ -168,8 +168,10 @@ def frame_of(
     if isinstance(test, (str,Path)): test = sorted(o for o in Path(test).iterdir() if o.suffix.lower() in kinds)
     return pd.DataFrame(dict(id=[Path(o).stem for o in test], path=[str(o) for o in test]))
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #041d89af
-def _views(learn, tta): return tta if isinstance(tta, tuple) else learn.recipe.tta if tta else (as_is,)
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #42463f3b
+def _views(learn, tta):
+    given = tta if isinstance(tta, (tuple,list)) else learn.recipe.tta if tta else ()
+    return tuple(given) or (as_is,)
 
 def _scores(learn, frame, tta):
     items,out = items_of(learn.recipe.steps()[-1], frame),score_array((len(frame), learn.target.n_classes(learn.table)))
@@ -202,7 +204,7 @@ def _mean(arrays, n):
     for o in arrays: total += o/n
     return total
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #78e2b3b9
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #e26246ab
 def predict_runs(
     runs, # A learner, a run, a run's path, or a list of those
     test=None, # A folder, a list of files, or a frame with `id` and `path`; the test set by default
@@ -214,7 +216,7 @@ def predict_runs(
     opened = [_opened(o) for o in runs]
     first,held = opened[0],[o for o in map(_run, opened) if o and o.done and o.fold!='all']
     frame = frame_of(first.table, test)
-    p = _mean((_part_scores(o, test, tta) if first.recipe.parts else test_scores(_learner(o), frame, tta, test is None)
+    p = _mean((_part_scores(o, test, tta) if first.recipe.parts else test_scores(_learner(o), frame, tta, test is None and tta is True)
         for o in opened), len(opened))
     oof = out_of_fold(held) if held else _oof_of(first)
     table = first.table if test is None else replace(first.table, sample=None)

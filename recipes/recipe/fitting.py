@@ -7,7 +7,7 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.fitting.htm
 # %% auto #0
 __all__ = ['stage_cbs', 'stage_lr', 'begin_stage', 'fit_stage', 'rows_of', 'fit_run', 'finish', 'close']
 
-# %% ../../nbs/74_recipes.recipe.fitting.ipynb #054dd22e
+# %% ../../nbs/74_recipes.recipe.fitting.ipynb #c18a0419
 import json, random
 from contextlib import contextmanager
 from fastai.callback.training import GradientClip
@@ -19,6 +19,7 @@ from callbacks.freeze import Freeze
 from callbacks.nan import StopOnNaN
 from callbacks.resize import MultiScale, ProgressiveResize, hw
 from ..data.arrays import score_array
+from ..infer.tta import as_is
 from ..infer.predictions import save_scores
 from .build import dls_of, learner_of, loss_of, resizes, split
 from .finding import found_lr
@@ -55,7 +56,7 @@ def stage_lr(
     print(f'lr_find: {found["lr"]:.2g}')
     return found['lr']
 
-# %% ../../nbs/74_recipes.recipe.fitting.ipynb #4dff216c
+# %% ../../nbs/74_recipes.recipe.fitting.ipynb #b707e34b
 def begin_stage(
     learn, # Gets loss, optimizer and loaders of the stage
     i:int, # Which stage
@@ -75,6 +76,7 @@ def fit_stage(
     cbs:list=() # More callbacks
 ):
     "Train one stage"
+    if checkpoint.stage!=i: checkpoint.best = None   # what a stage trains for need not show in the score of the one before
     step,checkpoint.stage = learn.run.recipe.steps()[i],i
     if not step.epochs: return save_weights(learn, learn.run.path/'model.safetensors')   # what is predicted needs no training
     lr = stage_lr(learn, i)
@@ -131,7 +133,7 @@ def fit_run(
             fit_stage(learn, i, checkpoint, cbs)
     return ended(finish(learn, prior), clock)
 
-# %% ../../nbs/74_recipes.recipe.fitting.ipynb #6cba7c02
+# %% ../../nbs/74_recipes.recipe.fitting.ipynb #89ecb7c7
 def finish(
     learn, # Trained
     prior=None # `Predictions` whose values are used when nothing was held out
@@ -141,7 +143,7 @@ def finish(
     load_weights(learn.model, run.path/'model.safetensors')
     for dl in learn.dls.loaders: dl.resize(hw(run.recipe.steps()[-1].size))
     n = len(valid.dataset)
-    p = run.recipe.scorer(learn, valid, run.recipe.tta, score_array((n, learn.target.n_classes(learn.table)))) if n else None
+    p = run.recipe.scorer(learn, valid, run.recipe.tta or (as_is,), score_array((n, learn.target.n_classes(learn.table)))) if n else None
     close(run, p, prior)
     return learn
 

@@ -49,7 +49,7 @@ def predict_cells(
     run = 'from recipes.recipe.packed import predict_pack\ntest = predict_pack(PACK, DATA)\ntest.submit(OUT)'
     return ('md',about),('parameters',where),('code',FIND),('install',INSTALL),('code',run)
 
-# %% ../../nbs/79c2_recipes.recipe.kernels.ipynb #ebe441c8
+# %% ../../nbs/79c2_recipes.recipe.kernels.ipynb #562980a1
 def train_cells(
     slug:str # The competition's name on Kaggle
 )->tuple: # Cells for `notebook`
@@ -60,10 +60,10 @@ def train_cells(
         "FOLD = 0                  # the fold to hold out, or 'all'\n" \
         "BUDGET = '8h30m'          # the run ends within this time; None: when it is done\n" \
         'FIELDS = {}               # fields of the recipe to change: dict(size=256, weights=FOLDER)\nOUT = \'submission.csv\''
-    run = 'from recipes.recipe.ensemble import predict_runs\nfrom recipes.recipe.packed import data_of, recipe_in\n' \
-        'from recipes.recipe.task import train\nlimit = dict(budget=BUDGET) if BUDGET else {}\n' \
+    run = 'from recipes.recipe.packed import data_of, recipe_in\nfrom recipes.recipe.task import train\n' \
+        'from recipes.recipe.tuned import predicted\nlimit = dict(budget=BUDGET) if BUDGET else {}\n' \
         'learn = train(recipe_in(PACK), data_of(PACK, DATA), FOLD, **limit, **FIELDS)'
-    return ('md',about),('parameters',where),('code',FIND),('install',INSTALL),('code',run),('code','predict_runs(learn).submit(OUT)')
+    return ('md',about),('parameters',where),('code',FIND),('install',INSTALL),('code',run),('code','predicted(learn).submit(OUT)')
 
 # %% ../../nbs/79c2_recipes.recipe.kernels.ipynb #6b06805e
 README = '''# {name}: a pack for an offline kernel

@@ -7,13 +7,14 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.packed.html
 # %% auto #0
 __all__ = ['check_pack', 'data_of', 'open_pack', 'predict_pack', 'recipe_in']
 
-# %% ../../nbs/79c4_recipes.recipe.packed.ipynb #1735f1f2
+# %% ../../nbs/79c4_recipes.recipe.packed.ipynb #a9ab3877
 import json, sys, tempfile
 from pathlib import Path
 from ..data.checks import Problems
 from ..data.settings import data_path
 from ..infer.blending import blend
 from ..infer.predictions import Predictions
+from ..infer.tuning import tuned_on, tuning_predictions
 from .core import Recipe
 from .ensemble import predict_runs
 from .folder import Run
@@ -62,7 +63,7 @@ def data_of(
     if at is None: raise FileNotFoundError(f'the files of {about["slug"]} are not here: add the competition to the kernel, or give their folder')
     return _beside(at, Path(folder)/'sides')
 
-# %% ../../nbs/79c4_recipes.recipe.packed.ipynb #17580bcc
+# %% ../../nbs/79c4_recipes.recipe.packed.ipynb #e1b5ce3b
 def open_pack(
     folder, # Of the pack
     data=None # The competition's files, as for `data_of`
@@ -75,18 +76,25 @@ def open_pack(
     for run in sum(groups, []): run.env['data'] = str(data)
     return groups
 
+# %% ../../nbs/79c4_recipes.recipe.packed.ipynb #d3118baf
+def _blended(groups, weights, frame, tta):
+    preds = [predict_runs(o, frame, tta) for o in groups]
+    return preds[0] if len(preds)==1 else blend(preds, weights)
+
+# %% ../../nbs/79c4_recipes.recipe.packed.ipynb #f4f8761b
 def predict_pack(
     folder, # Of the pack
     data=None, # The competition's files, as for `data_of`
     tta=True # The recipe's views, none, or a tuple of others
 )->Predictions: # Of the test pictures
     "What `predict` gave before packing, without writing anything into the pack"
-    groups = open_pack(folder, data)
+    groups,weights = open_pack(folder, data),json.loads((Path(folder)/'pack.json').read_text())['weights']
     table = groups[0][0].table
-    preds = [predict_runs(o, table.test, tta) for o in groups]
-    res = preds[0] if len(preds)==1 else blend(preds, json.loads((Path(folder)/'pack.json').read_text())['weights'])
+    res = _blended(groups, weights, table.test, tta)
     res.table = table   # with the sample submission, which a frame of pictures has none of
-    return res
+    own = getattr(table, 'tuning', None)
+    if own is None or res.tune is None: return res
+    return tuned_on(res, tuning_predictions(_blended(groups, getattr(res, 'weights', weights), own.train, tta), own.y))
 
 # %% ../../nbs/79c4_recipes.recipe.packed.ipynb #b06ed0b2
 def recipe_in(

@@ -5,23 +5,34 @@ from recipes.data.whale_folds import id_folds
 from recipes.infer.compare import gain_over, verdict
 from recipes.infer.embed import by_retrieval
 from recipes.recipe.effects import blend
+from recipes.recipe.ensemble import out_of_fold
 from recipes.whale_pairs import fourth_points, tenth_pair
 from plain import answers
 from result import Row
 
 SMALL = dict(arch='resnet18', size=(64,128), pretrained=False, stages=(), folds=partial(id_folds, n=4, seed=0, share=.28))
 
-def members(seeds, epochs):
-    "Recipes by name, over as many folds as seeds"
-    fields = SMALL|dict(run_folds=tuple(range(seeds)))
-    embedding = whale.house.but(**fields, scorer=by_retrieval, epochs=epochs or 25)
-    siamese = tenth_pair.but(**fields, resize=(), lr=5e-4, bs=64, epochs=epochs or 25)
-    keypoints = fourth_points.but(folds=fields['folds'], run_folds=fields['run_folds'])
-    return dict(embedding=embedding, siamese=siamese, keypoints=keypoints)
+def embeddings(path, seeds, epochs):
+    "Out-of-fold scores of an embedding, over as many folds as seeds"
+    recipe = whale.house.but(**SMALL, run_folds=tuple(range(seeds)), scorer=by_retrieval, epochs=epochs or 25)
+    return whale.cross_validate(path, recipe=recipe)
+
+def siamese(path, runs, epochs):
+    "Those of pairs: each fold's network goes on from the weights of the same fold's embedding"
+    recipe = tenth_pair.but(**SMALL, resize=(), lr=3e-4, bs=64, epochs=epochs or 12)
+    return out_of_fold([whale.train(path, fold=o.fold, recipe=recipe.but(weights=str(o.path/'model.safetensors'))).run for o in runs])
+
+def keypoints(path, seeds):
+    "Those of keypoints alone"
+    return whale.cross_validate(path, recipe=fourth_points.but(folds=SMALL['folds'], run_folds=tuple(range(seeds))))
 
 def together(path, seeds=0, epochs=0):
     "MAP@5 of a blend, with weights found on the other folds, against each of its members"
-    oofs = {k:whale.cross_validate(path, recipe=o) for k,o in members(seeds or 3, epochs).items()}
+    seeds,embedding = seeds or 3,embeddings(path, seeds or 3, epochs)
+    return blended(dict(embedding=embedding, siamese=siamese(path, embedding.runs, epochs), keypoints=keypoints(path, seeds)))
+
+def blended(oofs):
+    "The blend of members by name, each against it"
     rows,both = [],blend(list(oofs.values()), 'find')
     print(f'weights {dict(zip(oofs, both.weights.round(2)))}')
     for k,o in oofs.items():

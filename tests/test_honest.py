@@ -1,0 +1,106 @@
+"What could be wrong without a word: best weights of the wrong stage, edited functions, pictures that find themselves, other thresholds in a kernel"
+import shutil
+import numpy as np, pytest
+from fastai.callback.core import Callback
+from functools import partial
+from types import SimpleNamespace
+from callbacks.schedule import flat
+from recipes import animal, inclusive, whale
+from recipes.data.fixtures import sample
+from recipes.infer.embed import gallery_of
+from recipes.infer.keypoints import settings_of, sift
+from recipes.infer.predictions import Predictions
+from recipes.infer.tta import as_is, hflip
+from recipes.recipe import effects, fitting
+from recipes.recipe.build import folds_of
+from recipes.recipe.ensemble import _views
+from recipes.recipe.packed import predict_pack
+from recipes.recipe.packing import pack
+from recipes.recipe.rounds import with_test
+from recipes.recipe.tuned import predicted
+
+tiny = dict(arch='test_resnet', pretrained=False, size=24, resize=(), bs=16, epochs=1, folds=2, lr=3e-3, precision='fp32', schedule=flat)
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+
+def test_best_of_the_stage(monkeypatch):
+    "A stage that scores less than the one before is kept all the same, and not begun with the older score"
+    seen,real = [],fitting.stage_cbs
+    class Watch(Callback):
+        "Notes what the stage begins with"
+        def before_fit(self): seen.append((self.learn.checkpoint.stage, self.learn.checkpoint.best))
+    monkeypatch.setattr(fitting, 'stage_cbs', lambda step: [*real(step), Watch()])
+    run = animal.train(sample('animal', 60), **tiny|dict(epochs=3, stages=(dict(epochs=2),dict(epochs=1, lr=0.)))).run
+    assert seen==[(0,None),(1,None)]
+    assert run.learner().validate()[1]==pytest.approx(run.history.top1.iloc[-1])
+
+def test_edited_folds():
+    "A function that was defined anew under its old name gives new folds"
+    recipe,table = animal.house,animal.table(sample('animal', 60))
+    def define(k):
+        def mine(table, seed=0): return np.arange(len(table))//k%2
+        mine.__module__,mine.__qualname__ = 'recipes.animal','mine'
+        return mine
+    a,b = (folds_of(recipe.but(folds=define(k)), table) for k in (1,2))
+    assert a[:4].tolist()==[0,1,0,1] and b[:4].tolist()==[0,0,1,1]
+
+def test_edited_keypoints():
+    def define(text):
+        space = dict(__name__='mine')
+        exec(text, space)   # as a notebook does
+        return space['look']
+    a,b = define('def look(im): return im'),define('def look(im): return im+1')
+    assert settings_of(a)!=settings_of(b) and 'source' not in settings_of(partial(sift, n=9))
+
+def test_nobody_finds_himself():
+    "A test picture with a pseudo label is in the gallery, but not when it is asked about"
+    table = whale.table(sample('whale', 60))
+    more = with_test(table, np.arange(4), np.zeros(4, int))
+    dls = whale.dls(path=sample('whale', 60), **tiny|dict(folds=whale.house.folds))
+    learn = SimpleNamespace(table=table, target=whale.competition.target, dls=dls)
+    items = dls.train.dataset
+    at = len(items.ids)
+    ids = [*items.ids,*more.train.id[-4:]]
+    learn.dls = SimpleNamespace(train=SimpleNamespace(dataset=items.but(ids=ids, rows=[*items.rows,*range(at, at+4)]), y=np.append(dls.train.y, [0]*4)))
+    asked = items.but(ids=list(table.test.id), rows=[0,1])
+    found = []
+    gallery_of(learn, SimpleNamespace(dataset=asked, new=lambda items, **kw: found.append(items)))
+    assert set(found[0].rows) & {*range(at, at+4)}=={at+2,at+3}
+
+def test_views():
+    learn = SimpleNamespace(recipe=animal.house)
+    assert _views(learn, [hflip])==(hflip,) and _views(learn, ())==_views(learn, False)==(as_is,) and _views(learn, True)==animal.house.tta
+    assert _views(SimpleNamespace(recipe=animal.house.but(tta=())), True)==(as_is,)
+
+def test_a_quick_look_keeps_nothing():
+    "Only the recipe's own views are kept for rounds and blends"
+    run = animal.train(sample('animal', 60), **tiny).run
+    animal.predict(run, tta=False)
+    assert not (run.path/'test.npy').exists()
+    animal.predict(run)
+    assert (run.path/'test.npy').exists()
+
+def test_pack_takes_the_tuning_set(tmp_path):
+    data = shutil.copytree(inclusive.competition.sample(60), tmp_path/'data')
+    run = inclusive.train(data, **tiny).run
+    want = predicted(run)
+    pack(run, tmp_path/'pack')
+    got = predict_pack(tmp_path/'pack', data)
+    assert want.values and got.values==want.values!=run.valid.values
+    assert (got.submission().to_csv()==want.submission().to_csv())
+
+def test_a_join_that_learns_sees_held_out_rows(monkeypatch):
+    "Views of parts are joined as held-out rows, not as a test set whose truth is known"
+    held = SimpleNamespace(rows=np.array([1,2]), folds=np.array([0,0]))
+    seen = []
+    def join(preds, table):
+        seen.extend((o.rows, o.oof) for o in preds)
+        return preds[0]
+    table = SimpleNamespace(train=SimpleNamespace(iloc=np.arange(5)))
+    run = SimpleNamespace(recipe=SimpleNamespace(parts=(1,), join=join), table=table)
+    monkeypatch.setattr(effects, 'parts_of', lambda run: [['a'],['b']])
+    one = lambda *args: Predictions(np.ones((2,3)), ['x','y'], table, None, None, oof='truth')
+    monkeypatch.setattr(effects, 'predict_runs', one)
+    assert effects._seen_by(run, held, (as_is,)).shape==(2,3)
+    assert [(o[0].tolist(),o[1]) for o in seen]==[([1,2],None)]*2
