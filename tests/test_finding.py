@@ -4,7 +4,7 @@ from functools import partial
 from callbacks.finder import below_minimum, suggest_lr
 from callbacks.optim import adamw, sgd
 from recipes import animal
-from recipes.recipe import finding, fitting
+from recipes.recipe import fitting
 from recipes.recipe.finding import found_lr, lr_range, n_tried
 
 tiny = dict(arch='test_resnet', pretrained=False, size=24, resize=(), bs=32, folds=2, precision='fp32')
