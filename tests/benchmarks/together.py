@@ -34,7 +34,7 @@ def together(path, seeds=0, epochs=0):
 def blended(oofs):
     "The blend of members by name, each against it"
     rows,both = [],blend(list(oofs.values()), 'find')
-    print(f'weights {dict(zip(oofs, both.weights.round(2)))}')
+    print(f'weights {dict(zip(oofs, both.weights.round(2).tolist()))}')
     for k,o in oofs.items():
         print(verdict(f'blend against {k} ({o.score():.4f})', *gain_over(both, o)))
         rows.append(Row(f'whale: MAP@5 of a blend, held out (other: {k})', both.score(), o.score(), both.score()/o.score(), '>=1'))
