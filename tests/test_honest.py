@@ -5,12 +5,14 @@ from fastai.callback.core import Callback
 from functools import partial
 from types import SimpleNamespace
 from callbacks.schedule import flat
-from recipes import animal, inclusive, whale
+from recipes import animal, imet, inclusive, whale
 from recipes.data.fixtures import sample
 from recipes.infer.embed import gallery_of
 from recipes.infer.keypoints import settings_of, sift
 from recipes.infer.predictions import Predictions
-from recipes.infer.tta import as_is, hflip
+from recipes.infer.tta import as_is, class_scores, hflip
+from recipes.losses.only import OnlyGroup
+from recipes.metrics import f2_best
 from recipes.recipe import effects, fitting
 from recipes.recipe.build import folds_of
 from recipes.recipe.ensemble import _views
@@ -104,3 +106,13 @@ def test_a_join_that_learns_sees_held_out_rows(monkeypatch):
     monkeypatch.setattr(effects, 'predict_runs', one)
     assert effects._seen_by(run, held, (as_is,)).shape==(2,3)
     assert [(o[0].tolist(),o[1]) for o in seen]==[([1,2],None)]*2
+
+def test_a_stage_of_one_group_watches_it():
+    "Outputs of other groups drift; the best epoch is that of the classes that are trained"
+    stages = dict(epochs=1),dict(epochs=2, loss=partial(OnlyGroup, group='tag'))
+    learn = imet.train(sample('imet', 60), **tiny|dict(epochs=3, stages=stages))
+    table,valid = learn.table,learn.run.valid
+    cols = table.groups['tag']
+    f2s = [f2_best(valid.y[:,o], class_scores(learn, learn.dls.valid)[:,o]) for o in (cols,slice(None))]
+    best = learn.run.history.f2_best[learn.run.history.stage==1].max()
+    assert best==pytest.approx(f2s[0], abs=1e-4)!=pytest.approx(f2s[1], abs=1e-4)

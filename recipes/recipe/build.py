@@ -6,7 +6,7 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.build.html.
 
 # %% auto #0
 __all__ = ['resizes', 'largest', 'pictures', 'items_of', 'folds_of', 'split', 'training', 'target_of', 'dls_of', 'RecipeLearner',
-           'show_truth', 'model_of', 'precision_of', 'loss_of', 'learner_of']
+           'show_truth', 'model_of', 'precision_of', 'loss_of', 'metrics_of', 'learner_of']
 
 # %% ../../nbs/72_recipes.recipe.build.ipynb #3f0c2427
 import json, numpy as np, scipy.sparse as sparse, torch
@@ -241,7 +241,22 @@ def loss_of(
     src,_,rows,_ = training(recipe, table, fold, more)
     return loss.prepare([counts for *_,counts in src.subset(rows).heads])
 
-# %% ../../nbs/72_recipes.recipe.build.ipynb #63e92da2
+# %% ../../nbs/72_recipes.recipe.build.ipynb #e52e241f
+def _of_columns(y, p, watch, cols): return watch(y[:,cols], p[:,cols])
+
+# %% ../../nbs/72_recipes.recipe.build.ipynb #45af0ef8
+def metrics_of(
+    comp, # A `Competition`
+    table, # The `Table` as read
+    loss # The loss that is trained with
+)->list: # At most one metric
+    "What is shown after each epoch, and watched"
+    if not comp.watch: return []
+    watch,cols = partial(comp.watch, table=table),getattr(loss, 'cols', None)
+    if cols is None: return [EpochMetric(watch)]
+    return [EpochMetric(partial(_of_columns, watch=watch, cols=cols.cpu().numpy()), func_of(comp.watch).__name__)]
+
+# %% ../../nbs/72_recipes.recipe.build.ipynb #fc57c4bb
 def learner_of(
     recipe, # A `Recipe`
     table, # The `Table` as read
@@ -254,7 +269,7 @@ def learner_of(
     dls = dls_of(recipe, table, fold, more) if dls is None else dls
     comp = recipe.competition
     model = model_of(recipe, table, bare).to(dls.device)
-    metrics = [EpochMetric(partial(comp.watch, table=table))] if comp.watch else []
-    kw = dict(loss_func=loss_of(recipe, table, fold, more), opt_func=recipe.opt, splitter=body_head, metrics=metrics)
+    loss = loss_of(recipe, table, fold, more)
+    kw = dict(loss_func=loss, opt_func=recipe.opt, splitter=body_head, metrics=metrics_of(comp, table, loss))
     learn = RecipeLearner(dls, model, recipe, table, cbs=[Precision(precision_of(recipe, dls.device))], **kw)
     return show_progress(learn)

@@ -7,7 +7,7 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.fitting.htm
 # %% auto #0
 __all__ = ['stage_cbs', 'stage_lr', 'begin_stage', 'fit_stage', 'rows_of', 'fit_run', 'finish', 'close']
 
-# %% ../../nbs/74_recipes.recipe.fitting.ipynb #c18a0419
+# %% ../../nbs/74_recipes.recipe.fitting.ipynb #7a8722fc
 import json, random
 from contextlib import contextmanager
 from fastai.callback.training import GradientClip
@@ -21,7 +21,7 @@ from callbacks.resize import MultiScale, ProgressiveResize, hw
 from ..data.arrays import score_array
 from ..infer.tta import as_is
 from ..infer.predictions import save_scores
-from .build import dls_of, learner_of, loss_of, resizes, split
+from .build import dls_of, learner_of, loss_of, metrics_of, resizes, split
 from .finding import found_lr
 from .folder import Run
 from .rows import save_rows
@@ -56,7 +56,7 @@ def stage_lr(
     print(f'lr_find: {found["lr"]:.2g}')
     return found['lr']
 
-# %% ../../nbs/74_recipes.recipe.fitting.ipynb #b707e34b
+# %% ../../nbs/74_recipes.recipe.fitting.ipynb #ae1721fb
 def begin_stage(
     learn, # Gets loss, optimizer and loaders of the stage
     i:int, # Which stage
@@ -67,6 +67,7 @@ def begin_stage(
     learn.dls = dls_of(step, learn.table, learn.run.fold, more)
     for j,dl in enumerate(learn.dls.loaders): dl.rng = random.Random(f'{step.seed} {i} {j}')
     learn.loss_func,learn.opt_func,learn.opt = loss_of(step, learn.table, learn.run.fold, more),step.opt,None
+    learn.metrics = metrics_of(learn.recipe.competition, learn.table, learn.loss_func)
     if isinstance(learn.loss_func, nn.Module): learn.loss_func.to(learn.dls.device)
 
 def fit_stage(
