@@ -8,7 +8,9 @@ from callbacks.schedule import flat
 from recipes import animal, imet, inclusive, whale
 from recipes.data.fixtures import sample
 from recipes.infer.embed import gallery_of
+from recipes.infer.joined import each_group
 from recipes.infer.keypoints import settings_of, sift
+from recipes.infer.newness import by_newness
 from recipes.infer.predictions import Predictions
 from recipes.infer.tta import as_is, class_scores, hflip
 from recipes.losses.only import OnlyGroup
@@ -116,3 +118,14 @@ def test_a_stage_of_one_group_watches_it():
     f2s = [f2_best(valid.y[:,o], class_scores(learn, learn.dls.valid)[:,o]) for o in (cols,slice(None))]
     best = learn.run.history.f2_best[learn.run.history.stage==1].max()
     assert best==pytest.approx(f2s[0], abs=1e-4)!=pytest.approx(f2s[1], abs=1e-4)
+
+def test_all_rows_with_parts():
+    "A recipe of parts that was trained on all rows predicts, by the values that were given; one whose join learns says that it cannot"
+    path,net = sample('imet', 60),imet.house.but(**tiny)
+    both = net.but(name='both', parts=(net,net.but(seed=1)), join=partial(each_group, parts=dict(culture=0, tag=1)))
+    prior = imet.train(path, recipe=net).run.valid
+    run = imet.train(path, recipe=both, fold='all', prior=prior)
+    preds = imet.predict(run)
+    assert preds.values==prior.values and np.isfinite(preds.p).all() and len(preds.submission())==len(preds)
+    with pytest.raises(ValueError, match='learned from held-out rows'):
+        by_newness([Predictions(np.ones((1,2)), ['a'], prior.table, prior.competition, None)]*2)

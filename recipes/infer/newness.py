@@ -60,7 +60,7 @@ def rescored(
     p = np.asarray(p).clip(1e-6)
     return (p*((1-q)/p.max(1))[:,None]).astype(np.float32)
 
-# %% ../../nbs/59c_recipes.infer.newness.ipynb #6ba955b9
+# %% ../../nbs/59c_recipes.infer.newness.ipynb #563d4874
 MIN_ROWS = 20
 
 def _learnable(new): return min(new.sum(), (~new).sum())>=MIN_ROWS
@@ -76,6 +76,7 @@ def by_newness(
     "A blend whose best scores say how likely somebody is known"
     parts = aligned(preds)
     both,held = blend(parts),parts[0].rows is not None
+    if not held and any(o.oof is None for o in parts): raise ValueError('who is new is learned from held-out rows, which these predictions do not have: train folds')
     src = parts if held else aligned([o.oof for o in parts])
     new = np.asarray(src[0].y)>=src[0].p.shape[1]
     if not _learnable(new): return both

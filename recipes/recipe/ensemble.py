@@ -190,11 +190,15 @@ def test_scores(
     save_scores(learn.run.path, 'test', p, frame.id, kind=learn.target.kind)
     return np.load(learn.run.path/'test.npy', mmap_mode='r')
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #57c8f0c7
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #af71cbd6
 def _opened(o): return o if isinstance(o, (Learner,Run)) else Run(o)
 def _learner(o): return o if isinstance(o, Learner) else o.learner()
 
-def _part_scores(run, test, tta): return _join(run.recipe, [predict_runs(o, test, tta) for o in parts_of(run)], run.table).p
+def _part_scores(run, test, tta):
+    preds = [predict_runs(o, test, tta) for o in parts_of(run)]
+    for o in preds:   # trained on all rows: there are values, and no held-out scores to be joined
+        if not isinstance(o.oof, Predictions): o.oof = None
+    return _join(run.recipe, preds, run.table).p
 
 # %% ../../nbs/75_recipes.recipe.ensemble.ipynb #2ecde282
 def _mean(arrays, n):
