@@ -7,16 +7,17 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/callbacks.own_sgd.html.md"
 # %% auto #0
 __all__ = ['OwnSGD']
 
-# %% ../nbs/19e_callbacks.own_sgd.ipynb #3216f55b
+# %% ../nbs/19e_callbacks.own_sgd.ipynb #9e1bb905
 from fastai.callback.core import Callback
 from fastcore.basics import store_attr
+from torch import nn
 
-# %% ../nbs/19e_callbacks.own_sgd.ipynb #0c0ac422
+# %% ../nbs/19e_callbacks.own_sgd.ipynb #64a076db
 class OwnSGD(Callback):
     "Moves some parameters of the model by plain gradient descent, and keeps the optimizer from them"
     order = 80   # after whatever changes gradients
     def __init__(self,
-        params, # `params(model)`: the parameters
+        params=nn.Module.parameters, # `params(model)`: the parameters; all by default
         lr:float=.5 # Their learning rate, all through the fit
     ): store_attr()
 

@@ -167,7 +167,7 @@ def make(twins=False, cbs=(), y=None):
     pics,y = np.random.default_rng(0).integers(256, size=(30,16,16,3)).astype(np.uint8),np.arange(30)%5 if y is None else y
     tfms = random_resized_crop,flip_only
     parts = Items(pics, list(range(30)), range(20), tfms, (16,16), True),Items(pics, list(range(30)), range(20, 30), (squish,flip_only), (16,16))
-    target,table = Identity('new', twins=twins),SimpleNamespace(vocab=list('abcd'), names=list('abcd'))
+    target,table = Identity('new', twins=twins),SimpleNamespace(vocab=list('abcd'), names=list('abcd'), test=SimpleNamespace(id=[]))
     dls = make_dls(parts, 4, (y,y), device='cpu', target=target, stats=((.5,)*3,(.25,)*3), names=table.names)
     learn = Learner(dls, ImageModel(Body(), nn.Identity(), Head(42, 1+twins)), loss_func=BCELoss(), cbs=list(cbs))
     learn.target,learn.table = target,table

@@ -1,6 +1,7 @@
 "Pairs: symmetric to the bit, never of one id where they should be of two, each picture four times, the same after a kill"
 import pickle
 from functools import partial
+from types import SimpleNamespace
 import numpy as np, pytest, torch
 from callbacks.checkpoint import ResumableLearner, fit_state
 from callbacks.pairs import FlipPairs
@@ -187,7 +188,7 @@ class Drawn:
 
 class Who:
     "What a table has that matters here"
-    vocab = [f'w{i}' for i in range(13)]   # the last has no picture
+    vocab,test = [f'w{i}' for i in range(13)],SimpleNamespace(id=[])   # the last has no picture
 
 y_all = np.concatenate([np.repeat(np.arange(12), 4),[10]*2,[13]*10])
 held = np.r_[np.arange(0, 48, 4),np.arange(55, 60)]
