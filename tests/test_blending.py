@@ -1,7 +1,8 @@
 "Blends: rows that belong together, weights that help where it can be known, and gains that are honest"
 from types import SimpleNamespace
-import numpy as np, pytest
+import numpy as np, pandas as pd, pytest
 from scipy import sparse
+from recipes.data.table import Table
 from recipes.infer.blending import Blend, blend, gains, greedy_weights
 from recipes.infer.decide import binarise
 from recipes.infer.predictions import Predictions
@@ -13,7 +14,9 @@ def predictions(p, y, rows=None, folds=None, **kw):
     "Held-out rows, with a threshold that is found"
     n = len(p)
     rows = np.arange(n) if rows is None else np.asarray(rows)
-    table,comp = SimpleNamespace(y=y, groups={}),SimpleNamespace(name='x', metric=f2, higher=True)
+    y = np.zeros((n,6)) if y is None else y
+    table = Table(pd.DataFrame(dict(id=range(y.shape[0]))), None, y, list('abcdef'))
+    comp = SimpleNamespace(name='x', metric=f2, higher=True)
     folds = rows%4 if folds is None else folds
     return Predictions(p, [f'id{o}' for o in rows], table, comp, binarise, best_threshold, rows=rows, folds=folds, **kw)
 

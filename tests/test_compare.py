@@ -1,9 +1,10 @@
 "Differences of scores and their intervals, against scipy, the truth behind synthetic data, and slow loops"
 from types import SimpleNamespace
-import numpy as np, pytest
+import numpy as np, pandas as pd, pytest
 from scipy import sparse
 from scipy.stats import bootstrap
 from sklearn.metrics import f1_score
+from recipes.data.table import Table
 from recipes.infer.compare import gain_over, paired_bootstrap
 from recipes.infer.predictions import Predictions
 from recipes.metrics import f2
@@ -63,7 +64,8 @@ def test_seed():
     assert paired_bootstrap(accuracy, y, a, b, 50, 1)==paired_bootstrap(accuracy, y, a, b, 50, 1)!=paired_bootstrap(accuracy, y, a, b, 50, 2)
 
 def predictions(y, labels, rows, metric=accuracy, higher=True):
-    table,comp = SimpleNamespace(y=y),SimpleNamespace(name='x', metric=metric, higher=higher)
+    table = Table(pd.DataFrame(dict(id=range(y.shape[0]))), None, y, list('abcdef'))
+    comp = SimpleNamespace(name='x', metric=metric, higher=higher)
     p,rows = np.eye(6)[labels[rows]],np.asarray(rows)
     return Predictions(p, [f'id{o}' for o in rows], table, comp, lambda p,table: p.argmax(1), rows=rows, folds=rows%3)
 

@@ -1,6 +1,6 @@
 "What could be wrong without a word: best weights of the wrong stage, edited functions, pictures that find themselves, other thresholds in a kernel"
 import shutil
-import numpy as np, pytest
+import numpy as np, pandas as pd, pytest
 from fastai.callback.core import Callback
 from functools import partial
 from types import SimpleNamespace
@@ -129,3 +129,21 @@ def test_all_rows_with_parts():
     assert preds.values==prior.values and np.isfinite(preds.p).all() and len(preds.submission())==len(preds)
     with pytest.raises(ValueError, match='learned from held-out rows'):
         by_newness([Predictions(np.ones((1,2)), ['a'], prior.table, prior.competition, None)]*2)
+
+def test_counts_without_the_held_out():
+    "A rule that counts training pictures counts those of the fold: of two pictures of an id, one held out, the other is a single one"
+    table = whale.table(sample('whale', 60))
+    y,n = table.y,len(table.vocab)
+    rows = np.flatnonzero(pd.Series(y).duplicated()&(y<n))
+    seen = []
+    def rule(p, t, **kw):
+        seen.append(t.heads[0][-1])
+        return np.zeros((len(p),5), int)
+    p = np.zeros((len(rows),n), np.float32)
+    def labels(folds): return Predictions(p, list(table.train.id[rows]), table, whale.competition, rule, rows=rows, folds=folds).labels
+    labels(np.zeros(len(rows), int))
+    whole,left = np.bincount(y[y<n], minlength=n),np.bincount(np.delete(y, rows)[np.delete(y, rows)<n], minlength=n)
+    assert (whole==2).any() and [o.tolist() for o in seen]==[left.tolist()]*2 and left.max()==1
+    seen.clear()
+    labels(np.arange(len(rows))%2)
+    for k in (0,1): np.testing.assert_array_equal(seen[k], whole-np.bincount(y[rows[k::2]], minlength=n))

@@ -104,8 +104,8 @@ def test_tunes_each_head():
 
 def test_in_predictions():
     "Found on the other folds for the score, on all for the test set; the rule's own `gamma` is no obstacle"
-    y,p,counts = skewed(3000)
-    table = SimpleNamespace(y=y, vocab=list('abcdef'), heads=[(0,0,counts)])
+    y,p,_ = skewed(3000)
+    table = Table(pd.DataFrame(dict(id=range(3000))), None, y, list('abcdef'))
     comp = SimpleNamespace(name='demo', metric=macro_recall)
     folds = np.arange(3000)%3
     make = lambda rule,tune: Predictions(p, list(range(3000)), table, comp, rule, tune, np.arange(3000), folds)
@@ -114,6 +114,6 @@ def test_in_predictions():
     want = np.empty(3000, int)
     for f in range(3):
         g = tune_gamma(p[folds!=f], y[folds!=f], table)['gamma']
-        want[folds==f] = slow(p[folds==f], counts, g)
+        want[folds==f] = slow(p[folds==f], np.bincount(y[folds!=f], minlength=6), g)
     assert tuned.score()==pytest.approx(recall_score(y, want, average='macro'))
     assert tuned.score()>plain.score()+.05

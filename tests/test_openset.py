@@ -2,6 +2,7 @@
 from functools import partial
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
+from recipes.data.table import Table
 from recipes.infer.blending import blend
 from recipes.infer.gallery import max_by_id
 from recipes.infer.openset import inserted, share_threshold, tune_map5, tune_share, with_share, with_unknown
@@ -74,7 +75,8 @@ def test_by_share(scored):
     with pytest.raises(ValueError, match='hold NaN'): share_threshold(np.full((3,2), np.nan))
 
 def predictions(p, y, rule, tune=None, **kw):
-    comp,table = SimpleNamespace(name='demo', metric=map5, higher=True),SimpleNamespace(y=y)
+    comp = SimpleNamespace(name='demo', metric=map5, higher=True)
+    table = Table(pd.DataFrame(dict(id=range(len(p)))), None, y, [str(o) for o in range(p.shape[1])])
     return Predictions(p, list(range(len(p))), table, comp, rule, tune, np.arange(len(p)), np.arange(len(p))%3, **kw)
 
 def test_as_rules_of_predictions(scored):

@@ -42,7 +42,7 @@ def pair_scores(
     b, # Features of others, `m x d`; or `a` itself
     scorer, # A `PairScorer`
     out=None, # A `.npy` file to stream the table to
-    size:int=1024 # Rows and columns of a block
+    size:int=128 # Rows and columns of a block; small ones spare more of the half that mirrors the other
 )->np.ndarray: # `n x m`, 0 to 1, float32; a memory map with `out`
     "The probability of each pair"
     if out is None: return _fill(a, b, scorer, size)

@@ -109,11 +109,18 @@ class Predictions:
         "Labels of every picture"
         return rule(self.p, self.table) if rule else self.rule(self.p, self.table, **self.values)
 
+    def seen(self,
+        rows # Positions of held-out rows
+    ): # A `Table`: a rule that counts training pictures counts no others
+        "The table without what was held out together with these rows"
+        out = self.rows[np.isin(self.folds, self.folds[rows])]
+        return self.table.subset(np.setdiff1d(np.arange(len(self.table)), out))
+
     @cached_property
     def labels(self):
         "Labels of held-out rows, in the form the metric takes: each fold decided with values found on the others"
         if self.rows is None: raise ValueError('test pictures have no truth to score against: score the out-of-fold ones')
-        decide = lambda rows,values: self.rule(self.p[rows], self.table, **values)
+        decide = lambda rows,values: self.rule(self.p[rows], self.seen(rows), **values)
         return cross_fitted(decide, self.found, self.folds)
 
     def score(self)->float: # The competition's metric

@@ -20,6 +20,7 @@ from ..infer.tta import class_scores
 from .build import resizes, split
 from .clock import Clock, Deadline, in_share, plan, plan_line
 from .codec import func_of
+from .finding import n_tried
 from .fitting import begin_stage, stage_cbs
 
 # %% ../../nbs/79b_recipes.recipe.budget.ipynb #f828069a
@@ -135,7 +136,8 @@ def measure(
     for i,step in enumerate(learn.run.recipe.steps()):
         begin_stage(learn, i, more)
         rows = size_rows(learn, step, .005*clock.limit)
-        find = 100/len(learn.dls.train)*sum(rows[0][1:3])*(step.lr=='find' and step.epochs>0)
+        n = len(learn.dls.train)
+        find = n_tried(step.epochs*n)/n*sum(rows[0][1:3])*(step.lr=='find' and step.epochs>0)
         stages.append(dict(epochs=step.epochs, find=find, sizes=rows))
     train,valid = (len(o.dataset) for o in learn.dls.loaders)
     res = dict(stages=stages, end=end_seconds(learn, rows[-1], clock.test), held=valid/train)
