@@ -8,7 +8,7 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.imet.html.md"""
 __all__ = ['house', 'yk', 'yk_inception', 'yk_pnasnet', 'yk_nets', 'brodt', 'methods', 'table', 'dls', 'learner', 'train',
            'cross_validate', 'predict', 'audit', 'cost', 'overfit', 'search', 'raw_or_relative']
 
-# %% ../nbs/80c_recipes.imet.ipynb #d300ad5a
+# %% ../nbs/80c_recipes.imet.ipynb #eeb9e26f
 import numpy as np
 from functools import partial
 from callbacks.mix import MixUp
@@ -20,7 +20,7 @@ from .data.folds import greedy_folds
 from .imet_files import competition
 from .imet_rounds import first, second
 from .infer.decide import binarise
-from .infer.search import best_threshold
+from .infer.expected import most_expected, tune_expected
 from .infer.tta import as_is, hflip, random_view
 from .losses.multilabel import BCELoss
 from .metrics import f2_curve
@@ -28,11 +28,11 @@ from .models.heads import linear_head
 from .recipe.core import Recipe
 from .recipe.task import verbs
 
-# %% ../nbs/80c_recipes.imet.ipynb #24811806
-house = Recipe(competition, 'house', 'Random crops of growing size, one cycle, a threshold a group', arch='seresnext50', log_odds=True,
+# %% ../nbs/80c_recipes.imet.ipynb #eae97f02
+house = Recipe(competition, 'house', 'Random crops of growing size, one cycle, labels worth most', arch='seresnext50', log_odds=True,
     head=partial(linear_head, drop=.2), size=320, resize=((0,.6),(.4,.8),(.7,1.)), crop=partial(random_resized_crop, scale=(.4,1.)),
     loss=partial(BCELoss, class_reduction='sum'), opt=partial(adamw, wd=.01), lr='find', schedule=one_cycle, epochs=12, bs=64, folds=5,
-    tta=(as_is,hflip), rule=partial(binarise, min_labels=1), tune=partial(best_threshold, by_group=True))
+    tta=(as_is,hflip), rule=most_expected, tune=tune_expected)
 house
 
 # %% ../nbs/80c_recipes.imet.ipynb #ca376ed4

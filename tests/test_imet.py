@@ -11,9 +11,8 @@ from recipes.words import named
 from recipes.data.checks import BadInput
 from recipes.data.fixtures import draw_imet, sample
 from recipes.data.folds import assign_folds
+from recipes.infer.expected import most_expected, tune_expected
 from recipes.infer.predictions import BadSubmission
-from recipes.infer.search import best_threshold
-from recipes.infer.decide import binarise
 from recipes.recipe.build import model_of
 from recipes.recipe.core import BadField, from_json
 from recipes.recipe.folder import Run
@@ -201,19 +200,19 @@ def test_some_folds(path):
     assert some.rows.tolist()==np.flatnonzero(assign_folds(some.table, 4, imet.house.seed)==2).tolist()
 
 def test_score_is_cross_fitted(oof):
-    "A fold is decided with thresholds found on the other, and scored as scikit-learn does"
+    "A fold is decided with values found on the other, and scored as scikit-learn does"
     y,decided = oof.table.y.toarray(),np.zeros((120,30), bool)
     for k in 0,1:
         here = oof.folds==k
-        thr = best_threshold(oof.p[~here], oof.table.y[~here], oof.table, by_group=True, min_labels=1)
-        decided[here] = binarise(oof.p[here], oof.table, min_labels=1, **thr).toarray()
+        found = tune_expected(oof.p[~here], oof.table.y[~here])
+        decided[here] = most_expected(oof.p[here], **found).toarray()
     assert oof.score()==pytest.approx(fbeta_score(y, decided, beta=2, average='samples'), abs=1e-6)
 
 def test_all_with_prior(path, oof):
     "A model of all rows decides with the prior's values, also when its run is opened later"
     learn = imet.train(path, fold='all', prior=oof.runs, **tiny)
     assert len(learn.dls.train.dataset)==120 and learn.run.score is None
-    assert learn.run.values==oof.values and oof.values['thr']
+    assert learn.run.values==oof.values and oof.values['scale']
     test = imet.predict(learn)
     assert test.values==oof.values
     assert test.submit('a.csv').read_text()==imet.predict(learn.run.path).submit('b.csv').read_text()
