@@ -8,6 +8,7 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/callbacks.accumulate.html.
 __all__ = ['Accumulate']
 
 # %% ../nbs/07_callbacks.accumulate.ipynb #0affa622
+import torch
 from fastai.callback.core import CancelBatchException
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import find_bs
@@ -19,4 +20,10 @@ class Accumulate(GradientAccumulation):
         "Wait for more pictures, unless there are none"
         self.count += find_bs(self.learn.yb)
         if self.count<self.n_acc and self.iter+1<self.n_iter: raise CancelBatchException()
+        if self.count!=self.n_acc: self._mean()
         self.count = 0
+
+    def _mean(self):
+        "Gradients over `n_acc` become those over the pictures that there were"
+        grads = [o.grad for o in self.learn.model.parameters() if o.grad is not None]
+        torch._foreach_mul_(grads, self.n_acc/self.count)

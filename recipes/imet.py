@@ -18,7 +18,7 @@ from callbacks.stuck import plateau
 from .data.augment import flip_only, random_crop_pad, random_resized_crop, yk as yk_augment
 from .data.folds import greedy_folds
 from .imet_files import competition
-from .imet_rounds import first, second
+from .imet_rounds import first, first_net, second, second_net
 from .infer.decide import binarise
 from .infer.expected import most_expected, tune_expected
 from .infer.tta import as_is, hflip, random_view

@@ -95,7 +95,7 @@ fifth_stages = (dict(size=224, epochs=2, freeze=2),dict(size=224, epochs=38),dic
 fifth = Recipe(competition, 'fifth', '5th place: pairs in blocks, rounds of pseudo labels', arch='densenet121', size=512,
     box=partial(boxed, margin=.05), augment=fifth_augment, pool=GlobalMax, head=PairHead, loss=PairLoss, cbs=fifth_pairs, opt=adam,
     lr=5e-4, schedule=cosine, bs=64, epochs=80, stages=fifth_stages, folds=partial(id_folds, n=4), tta=(as_is,), scorer=by_pairs,
-    rounds=(dict(), dict(data=pseudo_ids), dict(data=pseudo_ids)), rule=with_unknown, tune=partial(tune_map5, share=.276),
+    rounds=(dict(), dict(data=pseudo_ids, seed=43), dict(data=pseudo_ids, seed=44)), rule=with_unknown, tune=partial(tune_map5, share=.276),
     assumed=('box','augment','cbs','opt','lr','schedule','bs','epochs','stages','tta','rounds','tune'))
 
 # %% ../nbs/83b_recipes.whale_pairs.ipynb #afddbcaf

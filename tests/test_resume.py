@@ -76,7 +76,7 @@ def kill(path, fields, **where):
     "The folder of a run that was killed"
     p = server.Process(target=doomed, args=(Path.cwd(),path,fields), kwargs=where)
     p.start()
-    p.join(60)
+    p.join(300)
     assert p.exitcode==-signal.SIGKILL
     run, = Path('runs/imet').glob('*/fold0')
     assert not (run/'done.json').exists()

@@ -68,7 +68,7 @@ def runs_of(table, q, oof, n=2):
         def __truediv__(self, o): return self
         def exists(self): return True
     kw = dict(table=table, competition=oof.competition, rule=oof.rule, tune=oof.tune)
-    return [SimpleNamespace(path=Path(), fold=i, recipe=SimpleNamespace(parts=()), valid=oof,
+    return [SimpleNamespace(path=Path(), fold=i, table=table, recipe=SimpleNamespace(parts=()), valid=oof,
         test=Predictions(q+d, list(table.test.id), **kw)) for i,d in enumerate(np.linspace(-.01, .01, n, dtype=np.float32))]
 
 def with_runs(table, p, q):

@@ -103,11 +103,10 @@ class Blend(Predictions):
         rows=slice(None) # Rows to look at
     )->np.ndarray: # One weight a part
         "The weights that score best on `rows`"
-        sign = 1 if self.competition.higher else -1
+        rows,sign = np.arange(len(self))[rows],1 if self.competition.higher else -1
         def score(w):
             p = self.mixed(w, rows)
-            labels = self.rule(p, self.table, **self.found_on(p, rows))
-            return sign*self.competition.metric(self.y[rows], labels)
+            return sign*self.competition.metric(self.y[rows], self.decided(p, rows, self.found_on(p, rows)))
         return greedy_weights(score, len(self.parts))
 
     @cached_property
@@ -116,7 +115,7 @@ class Blend(Predictions):
         def fit(rows):
             w = self.find(rows)
             return w,self.found_on(self.mixed(w, rows), rows)
-        def decide(rows, fitted): return self.rule(self.mixed(fitted[0], rows), self.table, **fitted[1])
+        def decide(rows, fitted): return self.decided(self.mixed(fitted[0], rows), rows, fitted[1])
         return cross_fitted(decide, fit, self.folds)
 
     def report(self,

@@ -82,8 +82,8 @@ def gallery_of(
     items,n = learn.dls.train.dataset,learn.target.n_classes(learn.table)
     rows = np.asarray(items.rows)
     rows = rows[known(np.asarray(learn.dls.train.y)[rows], n)]
-    asked = {dl.dataset.ids[i] for i in dl.dataset.rows} & set(learn.table.test.id)
-    rows = rows[[items.ids[i] not in asked for i in rows]]   # nor a test picture with a pseudo label, which would find itself
+    test = set(learn.table.test.id)
+    rows = rows[[items.ids[i] not in test for i in rows]]   # nor a test picture with a pseudo label: it would find itself, and held-out pictures what the test set does not
     if not len(rows): raise ValueError(f'no picture of a known id among {len(items)} training pictures: there is nothing to compare with')
     items = items.but(rows=rows.tolist(), train=False, mirror=False, size=dl.dataset.size)
     return dl.new(items, y=None, shuffle=False, drop_last=False),np.asarray(learn.dls.train.y)[rows]

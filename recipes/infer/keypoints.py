@@ -10,7 +10,7 @@ __all__ = ['bounded', 'equalised', 'believed', 'sift', 'rooted', 'made_of', 'set
 # %% ../../nbs/58f_recipes.infer.keypoints.ipynb #87b8c04a
 import cv2, hashlib, json, numpy as np, os, warnings
 from functools import singledispatch
-from inspect import getsource, signature
+from inspect import getclosurevars, getsource, signature
 from callbacks.checkpoint import write_whole
 from ..data.boxes import Boxed
 from ..data.cache import PictureCache, ahead
@@ -104,6 +104,11 @@ def _source(f):
     try: return getsource(f)
     except (OSError,TypeError): return f.__code__.co_code.hex()
 
+def _around(f):
+    "What a function reads from outside: all of a factory's, and plain values of its module"
+    out = getclosurevars(f)
+    return {k:repr(v) for k,v in (out.nonlocals|{k:v for k,v in out.globals.items() if isinstance(v, (int,float,str,tuple))}).items()}
+
 # %% ../../nbs/58f_recipes.infer.keypoints.ipynb #f3a6993c
 def settings_of(
     detect # `detect(im) -> places, descriptors`, or a `partial` of it
@@ -111,7 +116,7 @@ def settings_of(
     "How keypoints are looked for"
     f = getattr(detect, 'func', detect)
     given = {k:o.default for k,o in signature(f).parameters.items() if o.default is not o.empty}
-    own = {} if f.__module__.startswith('recipes.') else dict(source=_source(f))   # one's own function may be edited
+    own = {} if f.__module__.startswith('recipes.') else dict(source=_source(f))|_around(f)   # one's own function may be edited
     return dict(by=f'{f.__module__}.{f.__qualname__}')|own|given|getattr(detect, 'keywords', {})
 
 # %% ../../nbs/58f_recipes.infer.keypoints.ipynb #7c7b34e6

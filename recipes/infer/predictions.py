@@ -109,19 +109,31 @@ class Predictions:
         "Labels of every picture"
         return rule(self.p, self.table) if rule else self.rule(self.p, self.table, **self.values)
 
+    @cached_property
+    def _tables(self): return {}
+
     def seen(self,
-        rows # Positions of held-out rows
-    ): # A `Table`: a rule that counts training pictures counts no others
-        "The table without what was held out together with these rows"
-        out = self.rows[np.isin(self.folds, self.folds[rows])]
-        return self.table.subset(np.setdiff1d(np.arange(len(self.table)), out))
+        fold # Of the held-out rows
+    ): # A `Table`
+        "The table without the rows that were held out in a fold"
+        if fold not in self._tables: self._tables[fold] = self.table.subset(np.setdiff1d(np.arange(len(self.table)), self.rows[self.folds==fold]))
+        return self._tables[fold]
+
+    def decided(self,
+        p:np.ndarray, # Scores of these rows
+        rows:np.ndarray, # Positions of held-out rows
+        values:dict # Of the rule
+    ): # Labels, in order
+        "Labels of held-out rows, fold by fold: a rule that counts training pictures counts those that the fold was trained on"
+        folds = self.folds[rows]
+        at = [np.flatnonzero(folds==o) for o in np.unique(folds)]
+        return _stack([self.rule(p[o], self.seen(folds[o[0]]), **values) for o in at], np.concatenate(at))
 
     @cached_property
     def labels(self):
         "Labels of held-out rows, in the form the metric takes: each fold decided with values found on the others"
         if self.rows is None: raise ValueError('test pictures have no truth to score against: score the out-of-fold ones')
-        decide = lambda rows,values: self.rule(self.p[rows], self.seen(rows), **values)
-        return cross_fitted(decide, self.found, self.folds)
+        return cross_fitted(lambda rows,values: self.decided(self.p[rows], rows, values), self.found, self.folds)
 
     def score(self)->float: # The competition's metric
         "The metric on held-out rows, each fold decided with values found on the others"

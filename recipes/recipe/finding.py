@@ -36,5 +36,6 @@ def found_lr(
     scratch:bool # From random weights?
 )->float: # The learning rate
     "The rate that a range test finds for a stage"
-    n = n_tried(step.epochs*len(learn.dls.train))
-    return float(lr_find(learn, num_it=n, suggest=below_minimum if scratch else valley, clamp=lr_range(step.opt, scratch)).lr)
+    n,(lo,hi) = n_tried(step.epochs*len(learn.dls.train)),lr_range(step.opt, scratch)
+    how = dict(suggest=below_minimum, start_lr=lo/10, end_lr=100*hi) if scratch else dict(suggest=valley)
+    return float(lr_find(learn, num_it=n, clamp=(lo,hi), **how).lr)

@@ -119,7 +119,7 @@ def fit_run(
     "Train what is left of a run, and write its predictions"
     from recipes.recipe.budget import clock_of, ended, planned   # which needs the stages above
     for o in run.path.glob('.*.[0-9]*'): o.unlink()   # what a kill left half written
-    (run.path/'stopped.json').unlink(missing_ok=True)   # it goes on
+    for o in 'stopped.json','test.npy','test.json': (run.path/o).unlink(missing_ok=True)   # it goes on: what was predicted is not its last word
     state,recipe = run.last(),run.recipe
     first = state['cbs']['checkpoint']['stage'] if state else 0
     set_seed(recipe.seed)

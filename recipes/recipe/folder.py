@@ -198,6 +198,8 @@ def predictions(self:Run,
     kw = dict(table=self.table, competition=self.recipe.competition, rule=self.recipe.rule, tune=self.recipe.tune)
     if name!='valid': return Predictions(p, about['ids'], oof=self.source, **kw)
     rows = pd.Index(self.table.train.id).get_indexer(about['ids'])
+    gone = [i for i,o in zip(about['ids'], rows) if o<0]
+    if gone: raise ValueError(f'{self.path}: {len(gone)} of {len(rows)} held-out pictures are no longer among the training pictures, such as {gone[0]}: give back the files that it was trained on')
     return Predictions(p, about['ids'], rows=rows, folds=np.zeros(len(rows), int), **kw)
 
 @patch(as_prop=True)

@@ -10,7 +10,7 @@ __all__ = ['pseudo_labels']
 # %% ../../nbs/75c_recipes.recipe.sure.ipynb #d695c292
 from ..data.relabel import surest
 from ..infer.predictions import Predictions
-from .rounds import test_predictions, with_test
+from .rounds import needs_prior, test_predictions, with_test
 
 # %% ../../nbs/75c_recipes.recipe.sure.ipynb #2b07083f
 def pseudo_labels(
@@ -19,7 +19,7 @@ def pseudo_labels(
     share:float=.3 # Of the test pictures
 ): # A `Table` with more training rows, whose `source` is 'pseudo'
     "Add the surest test pictures, labelled as predicted"
-    if not getattr(predictions, 'runs', None): raise ValueError('pseudo labels need the runs of a round before: give them as `prior=`, or make it a later round')
+    if not getattr(predictions, 'runs', None): raise needs_prior('pseudo_labels')
     test = test_predictions(predictions.runs)
     rows = surest(test.p, share)
     labels = test.decide()[rows]

@@ -89,7 +89,7 @@ def train(
     "Train a recipe on a fold: `lr_find`, fit, best weights, held-out predictions"
     clock = begin(budget, test)
     if resume is not None: run = _resumed(resume, fields)
-    else: run = make_run(*first_round(*settled(recipe, path, fields)), fold)
+    else: run = make_run(*first_round(*settled(recipe, path, fields), None if fold=='all' else prior), fold)
     if run.recipe.parts: return run if run.done else fit_parts(run, _prior(prior), clock)
     return run.learner() if run.done else fit_run(run, _prior(prior), clock)
 

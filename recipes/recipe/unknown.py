@@ -14,7 +14,7 @@ from scipy import sparse
 from ..data.table import Table
 from ..infer.predictions import Predictions
 from .ensemble import predict_runs
-from .rounds import test_predictions, with_test
+from .rounds import needs_prior, test_predictions, with_test
 
 # %% ../../nbs/75b_recipes.recipe.unknown.ipynb #6924356d
 def opinions(
@@ -48,7 +48,7 @@ def distil_unknown(
     keep:int=20 # Classes a row
 )->Table: # With `soft`
     "The table with the last round's opinion of pictures of nobody known"
-    if prior is None: return table
+    if prior is None: raise needs_prior('distil_unknown')
     frame = table.train[table.y>=len(table.vocab)]
     return replace(table, soft=soft_labels(table, opinions(predict_runs(prior.runs, frame).p, scale, keep)))
 
@@ -59,7 +59,7 @@ def pseudo_ids(
     least:float=.96 # Lowest score of the best id
 )->Table: # With more training rows
     "The table with the test pictures that the last round is sure of"
-    if prior is None: return table
+    if prior is None: raise needs_prior('pseudo_ids')
     p = test_predictions(prior.runs).p
     rows = np.flatnonzero(p.max(1)>=least)
     print(f'pseudo labels: {len(rows)} of {len(p)} test pictures score {least:g} or more')

@@ -1,7 +1,7 @@
 """Recipes of a task at equal time: `python tests/benchmarks/equal_time.py TASK [FOLDER] [--arch resnet18] [--side 64] [--secs 180]`
 
 Each recipe is trained with the same network and long side for about `secs` seconds, `--seeds 3` times on a fold each, from scratch
-unless `--weights FILE` says otherwise; `--recipes a,b` picks some, `--jobs 2` trains two at a time with half of the cores each.
+unless `--weights FILE` says otherwise, a recipe with rounds as its first round; `--recipes a,b` picks some, `--jobs 2` trains two at a time with half of the cores each.
 What is printed: the held-out score of each, and by how much `house` is better, with a paired bootstrap 95 % interval.
 """
 import json, os, subprocess, sys, tempfile
@@ -31,27 +31,28 @@ def same_folds(table, seed=0):
     from recipes.data.whale_folds import id_folds
     return id_folds(table, 4, 0, share=.28) if table.y.ndim==1 and table.y.max()==len(table.vocab) else stratified_folds(table, 5, 0)
 
+def with_fields(recipe, **fields):
+    "The recipe with fields changed in all stages, parts and rounds"
+    from recipes.recipe.settling import changed
+    return changed(recipe, fields)
+
 def at_side(recipe, side):
-    "The recipe with its longest side `side`; smaller stages shrink with it"
+    "The recipe with its longest side `side`, and so its parts; smaller stages shrink with it"
     from callbacks.resize import hw
+    from recipes.recipe.settling import beside
     longest = max(max(hw(o.size)) for o in recipe.steps())
     def fit(size): return tuple(max(8, round(o*side/longest)) for o in hw(size))
-    stages = tuple(o|dict(size=fit(o['size'])) if 'size' in o else o for o in recipe.stages)
-    return recipe.but(size=fit(recipe.size), stages=stages)
-
-def scaled(recipe, epochs):
-    "The recipe with `epochs` epochs in all, its stages in proportion, one each at least"
-    given = [o.epochs for o in recipe.steps()]
-    stages = tuple(o|dict(epochs=max(1, round(n*epochs/sum(given)))) for o,n in zip(recipe.stages, given))
-    return recipe.but(epochs=epochs, stages=stages)
+    def small(d): return d|(dict(size=fit(d['size'])) if 'size' in d else {})|(dict(parts=of(d['parts'])) if 'parts' in d else {})
+    def of(parts): return tuple(at_side(o, side) for o in parts)
+    scales = beside(recipe.scales, recipe.size, fit(recipe.size))
+    return recipe.but(size=fit(recipe.size), scales=scales, stages=tuple(map(small, recipe.stages)), rounds=tuple(map(small, recipe.rounds)), parts=of(recipe.parts))
 
 def prepared(task, name, opts, seed):
     "A named recipe with what all have in common"
     recipe = getattr(task, name)
-    kw = dict(arch=opts['arch'], pretrained=False, weights=opts['weights'] or None, folds=same_folds, run_folds=None, seed=seed)
-    n = int(min(min(o.bs for o in recipe.steps()), 64))
-    stages = tuple({k:v for k,v in o.items() if k!='bs'} for o in recipe.stages)   # large batches take too few steps in minutes
-    return at_side(recipe.but(**kw, bs=n, stages=stages), int(opts['side']))
+    n = int(min(min(o.bs for o in recipe.steps()), 64))   # large batches take too few steps in minutes
+    kw = dict(arch=opts['arch'], pretrained=False, weights=opts['weights'] or None, folds=same_folds, run_folds=None, seed=seed, bs=n)
+    return at_side(with_fields(recipe, **kw), int(opts['side']))
 
 def timed(task, folder, recipe, fold):
     "The run, its seconds, and those of its epochs"
@@ -70,7 +71,7 @@ def timed(task, folder, recipe, fold):
 
 def affordable(task, folder, recipe, secs):
     "Epochs that take about so many seconds, from a short trial"
-    trial,total,inside = timed(task, folder, scaled(recipe, max(6, 2*len(recipe.stages))), 0)
+    trial,total,inside = timed(task, folder, with_fields(recipe, epochs=max(6, 2*len(recipe.stages))), 0)
     return max(len(recipe.steps()), round((secs-(total-inside))/inside*len(trial.history)))
 
 def one(task, folder, name, opts, seed, epochs=0):
@@ -78,7 +79,7 @@ def one(task, folder, name, opts, seed, epochs=0):
     task = import_module(f'recipes.{task}')
     recipe = prepared(task, name, opts, seed)
     epochs = epochs or affordable(task, folder, recipe, float(opts['secs']))
-    run,total,_ = timed(task, folder, scaled(recipe, epochs), seed)
+    run,total,_ = timed(task, folder, with_fields(recipe, epochs=epochs), seed)
     return dict(recipe=name, seed=seed, epochs=epochs, secs=total, score=run.score, rows=run.valid.rows.tolist(),
         labels=np.asarray(_dense(run.valid.labels)).tolist())
 
@@ -124,7 +125,7 @@ def main(argv):
     from recipes.words import named
     names = opts['recipes'].split(',') if opts['recipes'] else [k for k,v in named(task).items() if not v.parts]
     jobs = int(opts['jobs'])
-    threads = max(1, (os.cpu_count() or 1)//jobs)
+    threads = max(1, len(os.sched_getaffinity(0))//jobs)   # those that this process may use
     with ThreadPoolExecutor(jobs) as pool:
         done = list(pool.map(lambda o: apart(argv, folder, o, 0, threads), names))
         todo = [(o['recipe'],s,threads,o['epochs']) for s in range(1, int(opts['seeds'])) for o in done]
