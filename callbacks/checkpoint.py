@@ -164,15 +164,15 @@ class Checkpoint(Callback):
         higher:bool=True # Is more of it better?
     ):
         store_attr()
-        self.folder,self.best,self.history,self.stage,self.fitting = Path(folder),None,[],0,False
+        self.folder,self.best,self.history,self.stage,self.fitting,self.shape,self.shown = Path(folder),None,[],0,False,None,None
 
     def state_dict(self):
-        "The best value so far, the table and the stage of the run"
-        return dict(best=self.best, history=self.history, stage=self.stage)
+        "The best value so far, the size of the pictures it was reached at, the table and the stage of the run"
+        return dict(best=self.best, shape=self.shape, history=self.history, stage=self.stage)
 
     def load_state_dict(self, d):
         "Take up from `state_dict`"
-        self.best,self.history,self.stage = d['best'],d['history'],d['stage']
+        self.best,self.shape,self.history,self.stage = d['best'],d.get('shape'),d['history'],d['stage']
 
     def before_fit(self):
         "fastai's `validate` begins like a fit, and then has no training"
@@ -182,10 +182,15 @@ class Checkpoint(Callback):
         "Now it is a fit"
         self.fitting = True
 
+    def before_batch(self):
+        "Note the size of the validation's pictures"
+        if not self.training: self.shown = list(self.x.shape[2:]) if hasattr(self.x, 'shape') else None
+
     def is_best(self,
         row:dict # The epoch's line of the table
     )->bool: # Is it better than every epoch before it?
-        "Compare the monitored value; without one, every epoch is best"
+        "Compare the monitored value with those at this size of pictures; without one, every epoch is best"
+        if self.shown!=self.shape: self.shape,self.best = self.shown,None   # weights for small pictures are no good for large ones
         new = row.get(self.monitor)
         better = new is None or self.best is None or (new>self.best if self.higher else new<self.best)
         if better: self.best = new

@@ -1,11 +1,16 @@
 "What could be wrong without a word: best weights of the wrong stage, edited functions, pictures that find themselves, other thresholds in a kernel"
 import shutil
-import numpy as np, pandas as pd, pytest
+import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner, Metric
+from torch import nn
 from dataclasses import replace
 from functools import partial
 from scipy import sparse
 from types import SimpleNamespace
+from callbacks.checkpoint import Checkpoint
+from callbacks.resize import ProgressiveResize
 from callbacks.schedule import flat
 from recipes import animal, imet, inclusive, whale
 from recipes.data.fixtures import sample
@@ -29,6 +34,7 @@ from recipes.recipe.folder import Run, make_run
 from recipes.recipe.packed import predict_pack
 from recipes.recipe.packing import pack
 from recipes.recipe.rounds import test_predictions as round_predictions, with_test
+from recipes.recipe.settling import changed, settle
 from recipes.recipe.tuned import predicted
 from recipes.recipe.unknown import distil_unknown, pseudo_ids
 
@@ -219,3 +225,47 @@ def test_detectors_of_a_factory():
         def detect(im): return sift(im, most=n)
         return detect
     assert settings_of(keeping(5))!=settings_of(keeping(50)) and settings_of(keeping(5))==settings_of(keeping(5))
+
+def test_epochs_and_size_bring_the_rest():
+    "A shorter training falls at the same shares of it, and random sizes go with the size; what is given stays as given"
+    short = changed(whale.kernel2, dict(epochs=40))
+    assert [o.epochs for o in short.steps()]==[25,15]
+    first,then = (o.schedule.keywords['at'] for o in short.steps())
+    np.testing.assert_allclose(first, [15,20,24])
+    np.testing.assert_allclose(then, [5,10,14])
+    assert changed(whale.kernel2, dict(epochs=40, schedule=flat)).steps()[1].schedule is flat
+    assert changed(whale.kernel2, dict(epochs=400))==whale.kernel2 and changed(imet.house, dict(epochs=3)).schedule is imet.house.schedule
+    assert changed(inclusive.softf2, dict(size=112)).scales==(96,112,128) and changed(inclusive.softf2, dict(size=112, scales=(64,))).scales==(64,)
+
+def test_parts_made_alike(capsys):
+    "Networks that differ only in what was given are said to be one"
+    settle(imet.first, imet.table(sample('imet', 60)), dict(arch='resnet18'))
+    assert 'of 6 different parts 4 are left' in capsys.readouterr().out
+    settle(imet.first, imet.table(sample('imet', 60)), dict(lr=1e-3))
+    assert 'parts' not in capsys.readouterr().out
+
+def test_best_at_the_last_size(tmp_path):
+    "A score that was higher on smaller pictures does not keep their weights, also when a fit goes on"
+    class Side(Metric):
+        def reset(self): pass
+        def accumulate(self, learn): self.side = learn.x.shape[-1]
+        value = property(lambda self: -self.side)
+        name = 'side'
+    def learner():
+        torch.manual_seed(0)
+        x,y = torch.randn(16, 3, 16, 16),torch.randn(16, 3)
+        dls = DataLoaders.from_dsets(*[list(zip(x, y))]*2, bs=8, device='cpu', num_workers=0)
+        net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
+        return Learner(dls, net, loss_func=nn.MSELoss(), metrics=Side(), cbs=ProgressiveResize(((0,8),(.5,16))))
+    learn,best = learner(),Checkpoint(tmp_path, 'side')
+    with learn.no_bar(), learn.no_logging(): learn.fit(4, 1e-2, cbs=best)
+    assert [o['side'] for o in best.history]==[-8,-8,-16,-16] and best.best==-16 and best.shape==[16,16]
+    again = Checkpoint(tmp_path, 'side')
+    again.load_state_dict(best.state_dict())
+    again.shown = [16,16]
+    assert again.is_best(dict(side=-15)) and not again.is_best(dict(side=-16))
+    seen = []
+    learn,best = learner(),Checkpoint(tmp_path, 'side')
+    best.is_best,real = lambda row: (seen.append(real(row)), seen[-1])[1],best.is_best
+    with learn.no_bar(), learn.no_logging(): learn.fit(4, 1e-2, cbs=best)
+    assert seen==[True,False,True,False]
