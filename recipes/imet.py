@@ -70,7 +70,7 @@ brodt = Recipe(competition, 'brodt', 'Kirill Brodt: PNASNet at 331, fp16, rate h
     rule=partial(binarise, min_labels=1, max_labels=10), tune=raw_or_relative, assumed=('loss',))
 
 # %% ../nbs/80c_recipes.imet.ipynb #1c080600
-methods = house,first,second,yk,yk_nets,brodt
+methods = house,first,first_net,second,second_net,yk,yk_nets,brodt
 
 # %% ../nbs/80c_recipes.imet.ipynb #06e902b3
 table,dls,learner,train,cross_validate,predict,audit,cost,overfit,search = verbs(house)

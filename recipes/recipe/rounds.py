@@ -16,12 +16,18 @@ from ..infer.predictions import Predictions
 from .ensemble import out_of_fold, predict_runs
 
 # %% ../../nbs/75a_recipes.recipe.rounds.ipynb #4a2d7983
-def needs_prior(what): return ValueError(f'{what} needs the runs of a round before: give them as `prior=`, make it a later round, or go on with `cross_validate(resume=...)`')
-
 def _mean(parts): return sum(o.p/len(parts) for o in parts)
 
 def _kept(run): return (run.path/'test.npy').exists() and list(run.test.ids)==list(run.table.test.id)   # the test set may have changed
 
+# %% ../../nbs/75a_recipes.recipe.rounds.ipynb #96e5a2db
+def needs_prior(
+    what:str # The function that needs it
+)->ValueError: # To raise
+    "The error of a later round's function where nothing came before"
+    return ValueError(f'{what} needs the runs of a round before: give them as `prior=`, make it a later round, or go on with `cross_validate(resume=...)`')
+
+# %% ../../nbs/75a_recipes.recipe.rounds.ipynb #12657c01
 def test_predictions(
     runs:list # Runs of all folds
 )->Predictions: # Of the test pictures, with values from the runs' out-of-fold predictions

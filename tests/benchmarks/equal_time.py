@@ -1,6 +1,6 @@
 """Recipes of a task at equal time: `python tests/benchmarks/equal_time.py TASK [FOLDER] [--arch resnet18] [--side 64] [--secs 180]`
 
-Each recipe is trained with the same network and long side for about `secs` seconds, `--seeds 3` times on a fold each, from scratch
+Each recipe is trained with the same network, long side and precision for about `secs` seconds, `--seeds 3` times on a fold each, from scratch
 unless `--weights FILE` says otherwise, a recipe with rounds as its first round; `--recipes a,b` picks some, `--jobs 2` trains two at a time with half of the cores each.
 What is printed: the held-out score of each, and by how much `house` is better, with a paired bootstrap 95 % interval.
 """
@@ -45,13 +45,14 @@ def at_side(recipe, side):
     def small(d): return d|(dict(size=fit(d['size'])) if 'size' in d else {})|(dict(parts=of(d['parts'])) if 'parts' in d else {})
     def of(parts): return tuple(at_side(o, side) for o in parts)
     scales = beside(recipe.scales, recipe.size, fit(recipe.size))
-    return recipe.but(size=fit(recipe.size), scales=scales, stages=tuple(map(small, recipe.stages)), rounds=tuple(map(small, recipe.rounds)), parts=of(recipe.parts))
+    stages,rounds = (tuple(map(small, o)) for o in (recipe.stages,recipe.rounds))
+    return recipe.but(size=fit(recipe.size), scales=scales, stages=stages, rounds=rounds, parts=of(recipe.parts))
 
 def prepared(task, name, opts, seed):
     "A named recipe with what all have in common"
     recipe = getattr(task, name)
     n = int(min(min(o.bs for o in recipe.steps()), 64))   # large batches take too few steps in minutes
-    kw = dict(arch=opts['arch'], pretrained=False, weights=opts['weights'] or None, folds=same_folds, run_folds=None, seed=seed, bs=n)
+    kw = dict(arch=opts['arch'], pretrained=False, weights=opts['weights'] or None, folds=same_folds, run_folds=None, seed=seed, bs=n, precision='auto')
     return at_side(with_fields(recipe, **kw), int(opts['side']))
 
 def timed(task, folder, recipe, fold):
