@@ -1,8 +1,11 @@
 "Losses, worst pictures, pairs and groups of held-out predictions, for every target"
+from functools import partial
 import matplotlib.pyplot as plt, numpy as np, pytest, scipy.sparse as sparse
 from recipes import animal, bengali, imet, whale
 from recipes.data.fixtures import sample
+from recipes.infer.decide import binarise
 from recipes.infer.predictions import Predictions
+from recipes.infer.search import best_threshold
 from recipes.look.chances import best_temperature, chances_of, class_frame, columns_of, softmax_at
 from recipes.look.classes import most_confused, per_class
 from recipes.look.errors import cross_entropy, losses_of, mean_entropy, show_worst, thumbnails, worst_pictures
@@ -23,7 +26,9 @@ def made_up(task, seed=0, n=120):
         z = 2*np.eye(k+1)[table.y][:,:k]+rng.normal(size=(n,k))
         p = softmax_at(z, 1) if target.kind=='prob' else np.tanh(z/3)
     kw = dict(rows=np.arange(n), folds=np.arange(n)%2)
-    return Predictions(p.astype(np.float32), list(table.train.id), table, task.competition, task.house.rule, task.house.tune, **kw)
+    by_threshold = partial(binarise, min_labels=1),partial(best_threshold, by_group=True)
+    rule,tune = by_threshold if sparse.issparse(table.y) else (task.house.rule,task.house.tune)
+    return Predictions(p.astype(np.float32), list(table.train.id), table, task.competition, rule, tune, **kw)
 
 @pytest.fixture(scope='module')
 def made(): return {o.competition.name:made_up(o) for o in (animal, bengali, imet, whale)}
