@@ -225,6 +225,11 @@ def test_detectors_of_a_factory():
         def detect(im): return sift(im, most=n)
         return detect
     assert settings_of(keeping(5))!=settings_of(keeping(50)) and settings_of(keeping(5))==settings_of(keeping(5))
+    def named(source, by):
+        def detect(im): return sift(im, most=source+by)
+        return detect
+    kept = settings_of(named(3, 4))
+    assert 'sift' in kept['source'] and kept['by'].endswith('detect') and kept!=settings_of(named(4, 3)), 'whatever the outer names are'
 
 def test_epochs_and_size_bring_the_rest():
     "A shorter training falls at the same shares of it, and random sizes go with the size; what is given stays as given"

@@ -116,7 +116,7 @@ def settings_of(
     "How keypoints are looked for"
     f = getattr(detect, 'func', detect)
     given = {k:o.default for k,o in signature(f).parameters.items() if o.default is not o.empty}
-    own = {} if f.__module__.startswith('recipes.') else dict(source=_source(f))|_around(f)   # one's own function may be edited
+    own = {} if f.__module__.startswith('recipes.') else dict(source=_source(f), around=_around(f))   # one's own function may be edited
     return dict(by=f'{f.__module__}.{f.__qualname__}')|own|given|getattr(detect, 'keywords', {})
 
 # %% ../../nbs/58f_recipes.infer.keypoints.ipynb #7c7b34e6
