@@ -5,6 +5,8 @@ from callbacks.finder import below_minimum, suggest_lr
 from callbacks.optim import adamw, sgd
 from recipes import animal
 from recipes.recipe import fitting
+from recipes.recipe import finding
+from types import SimpleNamespace
 from recipes.recipe.finding import found_lr, lr_range, n_tried
 
 tiny = dict(arch='test_resnet', pretrained=False, size=24, resize=(), bs=32, folds=2, precision='fp32')
@@ -43,3 +45,12 @@ def test_who_is_from_scratch(monkeypatch):
     assert seen==[True,False] and [o.lr for o in run.recipe.steps()]==[2e-3,2e-3]
     animal.train(**tiny, epochs=1, weights=str(run.path/'model.safetensors'))
     assert seen==[True,False,False]
+
+@pytest.mark.parametrize('opt,ends', [(adamw,(1e-4,1.)),(sgd,(1e-3,100.))])
+def test_ends_from_scratch(opt, ends, monkeypatch):
+    "The few batches fall where the answer is; with weights fastai's ends stay"
+    seen = []
+    monkeypatch.setattr(finding, 'lr_find', lambda learn, **kw: seen.append(kw) or SimpleNamespace(lr=.01))
+    learn = SimpleNamespace(dls=SimpleNamespace(train=range(10)))
+    for scratch in True,False: found_lr(learn, SimpleNamespace(epochs=3, opt=opt), scratch)
+    assert np.allclose((seen[0]['start_lr'],seen[0]['end_lr']), ends) and 'start_lr' not in seen[1]

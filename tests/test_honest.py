@@ -274,3 +274,9 @@ def test_best_at_the_last_size(tmp_path):
     best.is_best,real = lambda row: (seen.append(real(row)), seen[-1])[1],best.is_best
     with learn.no_bar(), learn.no_logging(): learn.fit(4, 1e-2, cbs=best)
     assert seen==[True,False,True,False]
+
+def test_folds_of_each_round():
+    "The fifth place deals its folds anew after each round"
+    table = whale.table(sample('whale', 60))
+    dealt = [folds_of(whale.fifth.but(**o, rounds=()), table) for o in whale.fifth.rounds]
+    assert len(dealt)==3 and all((a!=b).any() for a,b in zip(dealt, dealt[1:]))
