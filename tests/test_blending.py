@@ -79,6 +79,18 @@ def test_cross_fitted(members):
         got[here] = binarise(p[here], **best_threshold(p[~here], b.y[~here])).toarray()
     assert np.array_equal(b.labels.toarray(), got) and b.score()==pytest.approx(f2(b.y, got))
 
+def test_found_on_some(members):
+    "Of many rows some are drawn: the same ones, of those that were given, all when there are few"
+    b,given,seen = blend(members, 'find'),np.arange(240)[1::2],[]
+    mixed = b.mixed
+    b.mixed = lambda w,rows=slice(None): seen.append(rows) or mixed(w, rows)
+    few = b.find(given, most=50)
+    assert {len(o) for o in seen}=={50} and all(np.array_equal(o, seen[0]) for o in seen)
+    assert np.isin(seen[0], given).all() and len(np.unique(seen[0]))==50 and few.sum()==pytest.approx(1) and few[2]<.1
+    seen.clear()
+    b.find(given)
+    assert all(np.array_equal(o, given) for o in seen)
+
 def test_no_gain_from_noise():
     "Many members without any knowledge: found weights gain on their own rows, and not in the score"
     rng = np.random.default_rng(5)

@@ -54,3 +54,11 @@ def test_ends_from_scratch(opt, ends, monkeypatch):
     learn = SimpleNamespace(dls=SimpleNamespace(train=range(10)))
     for scratch in True,False: found_lr(learn, SimpleNamespace(epochs=3, opt=opt), scratch)
     assert np.allclose((seen[0]['start_lr'],seen[0]['end_lr']), ends) and 'start_lr' not in seen[1]
+
+@pytest.mark.parametrize('read, lr', [(5.,1e-2),(2e-3,2e-3),(1e-6,1e-3)])
+def test_limits_are_no_warning(read, lr, monkeypatch, recwarn):
+    "A rate outside the limits is taken back to them, and nobody is alarmed"
+    monkeypatch.setattr('callbacks.finder.suggest_lr', lambda *args: (max(read, args[5][0]),''))
+    learn = animal.learner(**tiny)
+    assert found_lr(learn, learn.recipe, True)==pytest.approx(lr)
+    assert not [o for o in recwarn if 'lr_find' in str(o.message)]

@@ -100,10 +100,12 @@ class Blend(Predictions):
         return mean_power([o.p[rows] for o in self.parts], weights, self.power)
 
     def find(self,
-        rows=slice(None) # Rows to look at
+        rows=slice(None), # Rows to look at
+        most:int=20_000 # At most so many of them, drawn at random
     )->np.ndarray: # One weight a part
         "The weights that score best on `rows`"
         rows,sign = np.arange(len(self))[rows],1 if self.competition.higher else -1
+        if len(rows)>most: rows = np.sort(np.random.default_rng(0).choice(rows, most, replace=False))
         def score(w):
             p = self.mixed(w, rows)
             return sign*self.competition.metric(self.y[rows], self.decided(p, rows, self.found_on(p, rows)))

@@ -32,9 +32,10 @@ def expected_f2(
     "What F2 to expect of the 1, 2, ... likeliest labels of each row"
     top = -np.sort(-p, axis=1)[:,:most].astype(float)
     k,total = np.arange(1, top.shape[1]+1),np.zeros(top.shape)
+    classes = np.ascontiguousarray(p.T)   # many rows are multiplied at a time, a class after the other
     for t,w in zip(*quadrature(m)):
         u = 1-t**4
-        g = np.prod(1-p*p.dtype.type(u), axis=1)
+        g = np.prod(1-classes*p.dtype.type(u), axis=0)
         total += (w*t**(k+3))*g[:,None]*(top/(1-u*top)).cumsum(1)
     return 5*total
 

@@ -15,7 +15,7 @@ from ..infer import blending
 from ..infer.compare import gain_over, verdict
 from ..infer.predictions import Predictions
 from ..infer.tta import as_is
-from .ensemble import out_of_fold, parts_of, predict_runs, runs_in
+from .ensemble import join_parts, out_of_fold, parts_of, predict_runs, runs_in
 from .folder import Run
 
 # %% ../../nbs/77_recipes.recipe.effects.ipynb #2723ca4d
@@ -51,7 +51,7 @@ def _seen_by(run, held, views):
     if not run.recipe.parts: return predict_runs(run.learner(), frame, views).p
     preds = [predict_runs(o, frame, views) for o in parts_of(run)]
     for o in preds: o.rows,o.folds,o.oof = held.rows,held.folds,None   # a join that learns must not fit the rows it is scored on
-    return (run.recipe.join(preds, run.table) if run.recipe.join else blend(preds)).p
+    return join_parts(run.recipe, preds, run.table).p
 
 # %% ../../nbs/77_recipes.recipe.effects.ipynb #cbedbc40
 def of_view(

@@ -11,6 +11,7 @@ __all__ = ['lr_range', 'n_tried', 'found_lr']
 from callbacks.finder import below_minimum, lr_find
 from callbacks.optim import sgd
 from fastai.callback.schedule import valley
+from math import inf
 from .codec import func_of
 
 # %% ../../nbs/73c_recipes.recipe.finding.ipynb #d1f4041c
@@ -38,4 +39,4 @@ def found_lr(
     "The rate that a range test finds for a stage"
     n,(lo,hi) = n_tried(step.epochs*len(learn.dls.train)),lr_range(step.opt, scratch)
     how = dict(suggest=below_minimum, start_lr=lo/10, end_lr=100*hi) if scratch else dict(suggest=valley)
-    return float(lr_find(learn, num_it=n, clamp=(lo,hi), **how).lr)
+    return min(max(float(lr_find(learn, num_it=n, clamp=(0,inf), **how).lr), lo), hi)
