@@ -59,7 +59,8 @@ class Freeze(Callback):
     order,was,ours = -5,None,None   # after `TrainEvalCallback`, before `BnFreeze`
     def __init__(self,
         until:int=1, # Epochs to freeze for; None is the whole fit
-        groups:int=1 # Groups at the end that train all the time
+        groups:int=1, # Groups at the end that train all the time
+        of:int=None # Epochs that `until` is part of: a fit of another length freezes for the same share; None for epochs of any fit
     ):
         store_attr()
 
@@ -69,7 +70,7 @@ class Freeze(Callback):
         if now[1]!=self.ours: self.was = now   # else ours, of the last epoch or of an interrupted fit
         if self.groups>=n_groups: warn(f'`Freeze` freezes nothing: the last {self.groups} of {n_groups} parameter '
             'groups train. Give the `Learner` a `splitter` that makes more groups')
-        epoch = float('inf') if hasattr(self.learn, 'lr_finder') else self.epoch
+        epoch = float('inf') if hasattr(self.learn, 'lr_finder') else self.epoch if self.of is None else self.pct_train*self.of+1e-6
         freeze_to(self.opt, frozen_to(epoch, self.until, self.groups, n_groups))
         self.ours = frozen(self.opt)[1]
 

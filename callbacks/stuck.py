@@ -13,6 +13,7 @@ from .optim import sgd
 from fastai.callback.core import CancelFitException, Callback
 from fastcore.basics import store_attr
 from math import inf
+from warnings import warn
 
 # %% ../nbs/12a_callbacks.stuck.ipynb #d85e65ea
 def plateaued(
@@ -32,6 +33,10 @@ def _latest(cb):
     return float(val) if val is not None and np.isfinite(val) else None
 
 # %% ../nbs/12a_callbacks.stuck.ipynb #2c946f98
+def _blind(cb):
+    "Say that there is nothing to go by"
+    if not len(cb.dls.valid): warn(f'nothing is held out, so {type(cb).__name__} never acts: give epochs instead, those at which it acted with a fold held out')
+
 class Plateau(Callback):
     "Divides the rate by `factor` when `plateaued`, `drops` times at most; the next plateau ends the fit"
     order,during_lr_find,monitor = 65,False,'valid_loss'
@@ -55,6 +60,7 @@ class Plateau(Callback):
 
     def before_train(self):
         "A validation outside a fit has no training"
+        if not self.fitting: _blind(self)
         self.fitting = True
 
     def after_epoch(self):
@@ -136,6 +142,7 @@ class SwitchOptimizer(Callback):
 
     def before_train(self):
         "A validation outside a fit has no training"
+        if not self.fitting and not self.at: _blind(self)
         self.fitting = True
 
     def after_epoch(self):

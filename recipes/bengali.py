@@ -69,7 +69,7 @@ def starter_head(
 starter = Recipe(competition, 'starter', 'The starter kernel: DenseNet, a head with Mish for each part', arch='densenet121', size=128,
     channels=1, stats=((.0692,),(.2051,)), augment=starter_augment, pool=GlobalConcat, head=partial(each_head, head=starter_head),
     loss=partial(MultiHeadLoss, weights=(.7,.1,.2)), mix=partial(MixUp, alpha=.4), opt=partial(ranger, wd=(1e-3,1e-2)), lr=(2e-3,1e-2),
-    schedule=partial(one_cycle, pct_start=0., div=100.), bs=128, epochs=32, folds=partial(contiguous, n=4), tta=(as_is,),
+    schedule=partial(one_cycle, pct_start=0., div=100.), clip=1., bs=128, epochs=32, folds=partial(contiguous, n=4), tta=(as_is,),
     rule=likeliest_heads, assumed=('opt','augment'))
 
 # %% ../nbs/81_recipes.bengali.ipynb #ec8b86a1

@@ -36,7 +36,7 @@ def _mark(name, path=None, **opts):
 def _train(words, opts, verb='train'):
     if verb=='train' and words and words[0] in SIDES: return _mark(words[0], **opts)
     if 'resume' in opts and not words and verb=='train': return _go_on(**opts)
-    task,recipe = recipe_of(words[0] if words else '')
+    task,recipe = recipe_of(words)
     return getattr(task, verb)(recipe=recipe, **opts)
 
 # %% ../nbs/90_recipes.cli.ipynb #99439481
@@ -57,7 +57,7 @@ def _list(words, opts):
         try: print('\n'.join(f'{o}.{k:<12}{v.about}' for k,v in named(task_of(o)).items()))
         except SystemExit: continue
 
-def _show(words, opts): print(recipe_of(words[0] if words else '')[1].but(**opts))
+def _show(words, opts): print(recipe_of(words)[1].but(**opts))
 
 # %% ../nbs/90_recipes.cli.ipynb #b95bd201
 commands = dict(train=_train, cross_validate=_cross_validate, predict=_predict, list=_list, show=_show)|more

@@ -19,7 +19,7 @@ def audited(
     opts:dict # As for `audit`; `out`: a file for the picture
 ):
     "Print what a competition's files are like"
-    task,recipe = recipe_of(words[0] if words else '')
+    task,recipe = recipe_of(words)
     out = opts.pop('out', None)
     found = task.audit(recipe=recipe, **opts)
     print(found)
@@ -33,7 +33,7 @@ def asked(
     verb:str='cost' # `cost` or `overfit`
 ):
     "Print what a verb of the task finds"
-    task,recipe = recipe_of(words[0] if words else '')
+    task,recipe = recipe_of(words)
     print(getattr(task, verb)(recipe=recipe, **opts))
 
 # %% ../nbs/89a_recipes.desk.ipynb #0f35dd3f
@@ -53,7 +53,7 @@ def searched(
 ):
     "Search in some fields of a recipe"
     if 'space' not in opts: raise SystemExit('recipes search TASK --space lr=1e-4:1e-2,bs=16|32 [--trials N] [--store DIR] [--FIELD VALUE]...')
-    task,recipe = recipe_of(words[0] if words else '')
+    task,recipe = recipe_of(words)
     space = dict(o.split('=', 1) for o in opts.pop('space').split(','))
     print(task.search({k:drawn_from(v) for k,v in space.items()}, recipe=recipe, **opts).trials.to_string())
 

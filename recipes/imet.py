@@ -67,7 +67,7 @@ brodt = Recipe(competition, 'brodt', 'Kirill Brodt: PNASNet at 331, fp16, rate h
     crop=partial(random_resized_crop, scale=(.4,1.)), augment=flip_only, head=partial(linear_head, drop=.5), precision='fp16',
     loss=partial(BCELoss, class_reduction='sum'), opt=adam, lr=1e-2*32/256, schedule=partial(steps, at=(7,9), factor=.5, warmup=5),
     epochs=10, bs=32, folds=partial(greedy_folds, n=10), run_folds=tuple(range(9)), tta=(as_is,hflip,random_view),
-    rule=partial(binarise, min_labels=1, max_labels=10), tune=raw_or_relative, assumed=('loss',))
+    rule=partial(binarise, min_labels=1, max_labels=10), tune=raw_or_relative, assumed=('loss','crop'))
 
 # %% ../nbs/80c_recipes.imet.ipynb #1c080600
 methods = house,first,first_net,second,second_net,yk,yk_nets,brodt

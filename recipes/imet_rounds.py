@@ -9,6 +9,7 @@ __all__ = ['clean', 'enlarged', 'first_rule', 'first_net', 'tags_only', 'both', 
            'second_stages', 'second_net', 'second', 'first_augment', 'three', 'second_augment', 'four']
 
 # %% ../nbs/80b_recipes.imet_rounds.ipynb #6a20fd82
+import cv2
 from functools import partial
 from callbacks.mix import MixUp
 from callbacks.optim import adamw, sgd
@@ -40,8 +41,8 @@ def first_augment(
 )->list: # Transforms
     "Mirror, light, shift and turn, noise"
     light = alb.OneOf([alb.RandomBrightnessContrast(.1, 0, p=1),alb.RandomBrightnessContrast(0, .1, p=1)], p=.3)
-    move = alb.Affine(translate_percent=(-.1,.1), rotate=(-15,15), p=.3)
-    return [alb.HorizontalFlip(p=.5),light,move,alb.GaussNoise(std_range=(.02,.1), p=.3)]
+    move = alb.Affine(translate_percent=(-.1,.1), rotate=(-15,15), border_mode=cv2.BORDER_REFLECT_101, p=.3)
+    return [alb.HorizontalFlip(p=.5),light,move,alb.GaussNoise(std_range=(.01,.05), per_channel=False, p=.3)]
 
 first_rule = partial(binarise, thr=dict(culture=.28, tag=.10), min_labels=dict(culture=0, tag=1), max_labels=dict(culture=3, tag=8))
 first_net = Recipe(competition, 'first_net', '1st place: one network', arch='legacy_senet154', size=320,

@@ -67,7 +67,7 @@ third = Recipe(competition, 'third', '3rd place: ArcFace on a flattened map, mir
     box=partial(boxed, margin=.15, jitter=(.077,.05)), twins=True, augment=third_augment, pool=KeepMap, head=pudae_head,
     loss=partial(ArcFaceLoss, m=.5, s=65., twins='constant'), opt=partial(adam, wd=5e-4), lr=2.5e-4,
     schedule=partial(steps, at=(150,200), factor=.5), sampler=known, bs=32, epochs=300, folds=hold_pairs, tta=(as_is,hflip),
-    scorer=partial(by_retrieval, score='centre'), rule=partial(with_share, share=.276, steps=(with_twins,)), assumed=('epochs','schedule','augment'))
+    scorer=partial(by_retrieval, score='centre'), rule=partial(with_share, share=.276, steps=(with_twins,)), assumed=('epochs','schedule','augment','ema'))
 
 # %% ../nbs/83_recipes.whale_nets.ipynb #96ad3d01
 def masked_box(
@@ -102,7 +102,7 @@ first = Recipe(competition, 'first', '1st place: four channels, the thirty worst
     stats=zero_one, size=(256,512), box=masked_box, twins=True, augment=first_augment, pool=KeepMap, head=FirstHead, loss=TopBceLoss,
     opt=partial(adam, betas=(.9,.99), wd=2e-4), lr=3e-4, schedule=cosine, clip=5., sampler=identity_items, bs=48, epochs=100,
     stages=first_stages, folds=hold_some, tta=(as_is,hflip), rule=partial(with_unknown, steps=(balanced,)), tune=tune_map5,
-    assumed=('epochs','schedule','augment'))
+    assumed=('epochs','stages','schedule','augment'))
 
 # %% ../nbs/83_recipes.whale_nets.ipynb #04d5258c
 def seventh_augment(
@@ -173,4 +173,4 @@ yu4u = Recipe(competition, 'yu4u', 'ArcFace on a coarse grid of long pictures', 
     augment=yu4u_augment, pool=KeepMap, head=yu4u_head, loss=partial(ArcFaceLoss, m=.5, s=64.), opt=adam, lr=1e-4,
     sampler=partial(known, sampler=partial(at_least, k=10)), schedule=cosine, bs=16, epochs=50, folds=hold_one, tta=(as_is,larger),
     scorer=partial(by_retrieval, score='mean'), data=merge_ids,
-    rule=partial(with_unknown, steps=(with_twins,)), tune=tune_map5, assumed=('loss','opt','lr','schedule','bs','epochs','augment'))
+    rule=partial(with_unknown, steps=(with_twins,)), tune=tune_map5, assumed=('loss','opt','lr','schedule','bs','epochs','augment','tta'))

@@ -47,13 +47,14 @@ def kernel2_augment(
     return [alb.Affine(**move, fill=128)]
 
 def kernel2_pairs(
-    start:int=0 # Epochs before this stage
+    start:int=0, # Epochs before this stage
+    of:int=250 # Epochs of this stage as the kernel has it
 )->list: # Callbacks
     "The hardest pairs, with the kernel's noise"
-    return [Pairs(k=partial(kernel2_noise, start=start))]
+    return [Pairs(k=partial(kernel2_noise, start=start, of=of))]
 
 kernel2_stages = (dict(epochs=250),dict(epochs=150, opt=partial(adam, wd=2e-4),
-    schedule=partial(steps, at=(50,100,140), factor=.25), cbs=partial(kernel2_pairs, start=250)))
+    schedule=partial(steps, at=(50,100,140), factor=.25), cbs=partial(kernel2_pairs, start=250, of=150)))
 kernel2 = Recipe(competition, 'kernel2', "Piotte's kernel: pairs by assignment, a symmetric scorer", arch='kernel2', pretrained=False,
     channels=1, stats=((0.,),(1.,)), size=384, box=partial(boxed, margin=.05, aspect=2.15, pad=True), wrap=Standardised,
     augment=kernel2_augment, pool=GlobalMax, head=PairHead, loss=PairLoss, cbs=kernel2_pairs, opt=adam, lr=6.4e-4,

@@ -68,10 +68,11 @@ def named(
     return {k:v for k,v in vars(task).items() if isinstance(v, Recipe)}
 
 def recipe_of(
-    s:str # `imet` or `imet.yk`
+    words:list # One: `imet` or `imet.yk`
 )->tuple: # The task's module and the recipe
     "Find a recipe by the name of its task, and its own if it is not `house`"
-    task,_,name = s.partition('.')
+    if len(words)>1: raise SystemExit(f'what is {words[1]!r} beside {words[0]}? One task or recipe at a time; data are named by --path DIR')
+    task,_,name = words[0].partition('.') if words else ('','','')
     found = named(task_of(task))
     if (name or 'house') not in found: raise SystemExit(f'{task} has no recipe {name!r}: {", ".join(found)}')
     return task_of(task),found[name or 'house']

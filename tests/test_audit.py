@@ -191,6 +191,7 @@ def test_advice():
     "What is advised fits"
     o = Cost(imet.house, pd.DataFrame(), 5, 4., 1., 1., 'x', limit=9.)
     assert not o.fits and o.advice[0]=='2 of the 5 folds: run_folds=(0, 1)'
+    assert len(Cost(whale.tenth, pd.DataFrame(), 1, 10., .1, 1., 'x').advice)==1   # its networks differ in length, and `epochs=` makes them alike
     assert o.advice[1]=='epochs=4 instead of 12' and 4/12*20<=8 and '(200, 200)' in o.advice[2] and (200/320)**2*20<=8
 
 # --- the sanity run

@@ -154,3 +154,23 @@ def test_a_fold_in_a_process_is_told_its_end():
     assert _time(None, 3)==[] and _time(clock.Clock(test=True), 3)==['--test','true']
     words = _time(clock.Clock(90.), 3)
     assert words[0]=='--until' and float(words[1])-time.time()==pytest.approx(30, abs=.5)
+
+def test_parts_that_look_for_a_rate_share_with_the_rest(data, monkeypatch, tmp_path):
+    "The first fold runs alone until all its parts are done, so it may not take the time of the others"
+    from types import SimpleNamespace
+    from recipes.recipe import parallel
+    from recipes.recipe.settling import settled
+    house = animal.house.but(lr='find')
+    recipe,table = settled(house.but(parts=(house,house.but(name='b'))), data, {k:v for k,v in tiny.items() if k!='lr'})
+    given = []
+    class Procs:
+        parallel,running,failed = 5,{},[]
+        def start(self, run, words):
+            given.append(float(words[1])-time.time())
+            self.running[run.fold] = run
+        def look(self):
+            run = self.running.pop(next(iter(self.running)))
+            if run.fold==0: run.keep(run.recipe.but(parts=tuple(o.but(lr=1e-3) for o in run.recipe.parts)))   # as at its end
+    monkeypatch.setattr(parallel, 'time', SimpleNamespace(sleep=lambda s: None))
+    parallel._train_all([0,1,2,3,4], recipe, table, tmp_path/'at', Procs(), clock.Clock(1000.))
+    assert given==pytest.approx([500]+[1000]*4, abs=20)

@@ -67,6 +67,13 @@ def test_groups_move_when_they_should(opt, kw, want):
     assert [''.join(str(int(x)) for x in o) for o in watch.moved]==want
     assert all(flags(learn)) and learn.opt.frozen_idx==0
 
+def test_share_of_a_shorter_fit():
+    "Three of six epochs are the first half of any fit"
+    for n,want in ((2,['001','111']),(3,['001','001','111']),(6,['001']*3+['111']*3)):
+        watch = Watch()
+        learner(Freeze(3, of=6), watch).fit(n)
+        assert [''.join(str(int(x)) for x in o) for o in watch.moved]==want
+
 @pytest.mark.parametrize('opt', opts.values(), ids=opts)
 def test_second_fit_moves_no_frozen_weight(opt):
     "Momentum and weight decay of earlier training must not move it"

@@ -17,6 +17,8 @@ from callbacks.freeze import freeze_to
 from callbacks.mix import CutMix, MixUp
 from callbacks.schedule import flat
 from recipes.losses.core import SoftmaxLoss
+from recipes.losses.heads import MultiHeadLoss
+from recipes.losses.imbalance import WeightedSoftmaxLoss
 from recipes.losses.margin import (AdaptiveMarginLoss, ArcFaceLoss, CombinedMarginLoss, CosFaceLoss,
     combined_margin, hush_twin, margins_by_count)
 from recipes.losses.open import OpenLoss, open_targets, suppress, to_uniform
@@ -326,3 +328,31 @@ def test_open_loss_flattens_the_unknown():
     raw = (cos.detach(),torch.ones(1,1))
     assert sphere(raw, torch.tensor([2]), torch.tensor([9.]))==SphereFaceLoss()(raw, torch.tensor([2]), torch.tensor([9.]))
     assert torch.equal(sphere.outputs(raw)[0], SphereFaceLoss().outputs(raw)[0])
+
+@pytest.mark.parametrize('wrap', [lambda: OpenLoss(loss=SphereFaceLoss, unknown=suppress), lambda: PartsOf(loss=SphereFaceLoss)])
+def test_a_loss_inside_is_told_the_step(wrap):
+    "The margin of the loss inside grows with the batches, as it does alone"
+    seen = []
+    class Look(Callback):
+        order = 60
+        def after_loss(self): seen.append((self.pred,self.yb,self.learn.loss.detach()))
+    learn = make_learn(wrap(), cbs=[Look(),TellStep()], length=True)
+    with learn.no_logging(): learn.fit(1, 1e-2)
+    trained = [o for o in seen if len(o[1])==2]
+    assert [int(o[1][1][0]) for o in trained]==list(range(len(trained))) and len(trained)==6
+    pred,(y,step),loss = trained[0]
+    want = wrap()(pred, y, step)
+    torch.testing.assert_close(loss, want.detach())
+    assert abs(float(want-wrap()(pred, y)))>.1   # as if it were long trained
+
+class PartsOf(OpenLoss):
+    "Another wrapper, as a user may write one"
+
+def test_heads_are_told_when_weights_count():
+    loss = MultiHeadLoss(weights=(1,1), loss=WeightedSoftmaxLoss).prepare([np.array([90,10]),np.array([50,5,1])])
+    raw,y = torch.randn(8, 5),(torch.randint(2, (8,)),torch.randint(3, (8,)))
+    assert loss.takes_on and not loss.takes_step and not MultiHeadLoss().takes_on
+    off,on = (loss.per_sample(raw, *y, torch.full((8,), o)) for o in (0.,1.))
+    torch.testing.assert_close(off, sum(SoftmaxLoss().per_sample(o, t) for o,t in zip(raw.split([2,3], -1), y)))
+    torch.testing.assert_close(on, loss.per_sample(raw, *y))
+    with pytest.raises(ValueError, match='1 targets for 2 heads'): loss.per_sample(raw, y[0])

@@ -54,6 +54,7 @@ def test_all_runs(base):
     assert cv.state=='fold10 3 of 40 epochs, running or killed' and cv.changed==''
     assert np.isnan(whole.score) and whole.state=='done' and whole.folds==1
     assert rounds.score==.5 and rounds.folds==1 and rounds.changed.startswith('rounds=(dict(epochs=1)')
+    assert rounds.minutes==pytest.approx(3*121/60)   # of all rounds
     assert parts.epochs==0 and parts.minutes==pytest.approx(121/60)
     assert runs(task='imet').index.tolist()==df.index[2:3].tolist() and len(runs(base/'animal'))==4
     assert all(o in as_text(df) for o in df.index)

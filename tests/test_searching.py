@@ -7,6 +7,7 @@ import optuna, pytest
 from optuna.trial import TrialState
 from fastai.callback.core import Callback
 from callbacks.mix import CutMix, MixUp
+from recipes.losses.core import SoftmaxLoss
 from recipes import animal
 from recipes.data.fixtures import sample
 from recipes.recipe import searching
@@ -23,6 +24,8 @@ space = dict(lr=log_uniform(1e-4, 1e-2), mix=[None,MixUp,partial(CutMix, alpha=.
 def data(): return sample('animal', 120)
 
 def search(data, n, space=space, **kw): return searching.search(animal.house, space, data, trials=n, **dict(store='s')|ways|kw)
+
+def write(ids, labels, table): raise NotImplementedError
 
 class Die(Callback):
     "Ends the process without a word in the second epoch of the third trial"
@@ -78,7 +81,7 @@ def test_a_bad_trial_is_recorded(data, capsys):
 
 def scripted(monkeypatch, values):
     "Trials whose watched values are given: one row of `values` a trial"
-    def value(self): return values[self.trial.number][len(self.learn.checkpoint.history)-1]
+    def value(self, i): return values[int(self.path.parent.name[5:])][i]
     monkeypatch.setattr(searching.Report, 'value', value)
 
 def test_laggards_are_ended(data, monkeypatch, capsys):
@@ -86,6 +89,44 @@ def test_laggards_are_ended(data, monkeypatch, capsys):
     found = search(data, 6, epochs=4)
     assert found.trials.state.tolist()==['done']*5+['lagged'] and found.trials.n_epoch.tolist()==[4]*5+[2]
     assert 'to go on' not in capsys.readouterr().out
+
+class Stop(Callback):
+    "Interrupts the sixth trial, once, after two epochs that are better than all others"
+    order,done = 95,False
+    def after_epoch(self):
+        if self.learn.run.path.parent.name!='trial0005' or Stop.done or self.epoch!=1: return
+        Stop.done = True
+        raise KeyboardInterrupt
+
+def test_a_trial_gone_on_with_is_judged_by_all_its_epochs(data, monkeypatch):
+    scripted(monkeypatch, [[.5]*4]*5+[[.9,.9,.1,.1]])
+    real = searching.fit_run
+    monkeypatch.setattr(searching, 'fit_run', lambda run, cbs: real(run, cbs=[*cbs, Stop()]))
+    with pytest.raises(KeyboardInterrupt): search(data, 6, epochs=4)
+    found = search(data, 6, epochs=4)
+    assert Stop.done and found.trials.state.tolist()==['done']*6 and found.trials.n_epoch.tolist()==[4]*6
+    last = found.finished[-1]
+    assert last.user_attrs['folder']=='trial0005' and last.user_attrs['before']>0 and list(last.intermediate_values.values())==[.9,.9,.1,.1]
+
+def test_losses_do_not_compare(data, monkeypatch):
+    "Where nothing but the loss is watched, and losses are searched, the smaller loss is not the better trial"
+    scripted(monkeypatch, [[.5]*3]*5+[[.1]*3])
+    choice = dict(loss=[SoftmaxLoss,partial(SoftmaxLoss, smooth=.5)])
+    blind = animal.house.but(competition=unwatched)
+    def states(recipe, store): return set(searching.search(recipe, choice, data, trials=6, store=store, **ways|dict(epochs=3, lr=1e-3)).trials.state)
+    assert states(blind, 'blind')=={'done'} and states(animal.house, 'seen')=={'done','lagged'}
+
+def test_no_score_is_a_failed_trial(data, monkeypatch):
+    "It counts, and is not drawn again for ever"
+    monkeypatch.setattr(Run, 'score', float('nan'))
+    found = search(data, 2)
+    assert found.trials.state.tolist()==['failed']*2 and found.trials.why.str.contains('score is nan').all()
+    with pytest.raises(ValueError, match='nothing out'): search(data, 1, fold='all')
+
+def test_foreign_timeouts_are_failures(data, monkeypatch):
+    def late(run, cbs): raise TimeoutError('read timed out')
+    monkeypatch.setattr(searching, 'fit_run', late)
+    assert search(data, 2).trials.why.tolist()==['TimeoutError: read timed out']*2
 
 def test_epochs_are_counted_over_stages(data):
     found = search(data, 1, stages=(dict(epochs=1),dict(epochs=2)), epochs=3)
@@ -96,8 +137,8 @@ def test_epochs_in_the_space_prune_nothing(data, monkeypatch):
     found = searching.search(animal.house, dict(epochs=integers(1, 2)), data, trials=6, store='s', lr=1e-3, **{k:v for k,v in ways.items() if k!='epochs'})
     assert (found.trials.state=='done').all()
 
-def write(ids, labels, table): raise NotImplementedError
 low = replace(animal.competition, higher=False, watch=None, write=write)
+unwatched = replace(animal.competition, watch=None, write=write)
 
 def test_lower_is_better(data):
     found = searching.search(animal.house.but(competition=low), space, data, trials=2, store='low', **ways)
@@ -128,3 +169,4 @@ def test_refused(data):
     search(data, 1)
     with pytest.raises(ValueError, match='another space'): search(data, 2, space|dict(clip=[0.,1.]))
     with pytest.raises(ValueError, match='another fold'): search(data, 2, fold=1)
+    with pytest.raises(ValueError, match='another data'): search(sample('animal', 100), 2)

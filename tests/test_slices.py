@@ -76,6 +76,15 @@ def test_training_counts():
         assert training_counts(o)[i]==n[y[i]>0].min()
     assert traits_of(o).labels.tolist()==y.sum(1).tolist()
 
+def test_some_of_many():
+    "Of many pictures some are looked at, and how common their classes are is counted in all"
+    o = animals(lambda t: np.ones(len(t)))
+    all_,some = slice_scores(o, n=20),slice_scores(o, n=20, most=100)
+    assert all_.n.iloc[0]==300 and some.n.iloc[0]==100
+    at = np.sort(np.random.default_rng(0).permutation(300)[:100])
+    assert np.array_equal(traits_of(o, at).trained_on, training_counts(o)[at]) and traits_of(o, at).trained_on.min()>=training_counts(o).min()
+    assert np.isclose(some.score.iloc[0], (o.labels[at]==o.y[at]).mean())
+
 def test_bins():
     "Every picture in one bin at most, few values and missing ones too"
     for v in (np.arange(50.), np.repeat([1.,2,3], [30,15,5]), np.r_[np.zeros(90), np.arange(10)], np.r_[np.full(20, np.nan), np.arange(30)]):

@@ -2,6 +2,7 @@
 import json, os, socket, struct, subprocess, sys
 import pytest
 from functools import partial
+from pathlib import Path
 from fastai.callback.core import Callback
 from recipes import animal
 from recipes.data.fixtures import sample
@@ -79,6 +80,26 @@ def test_batches_are_counted_through_stages(path):
     rows = len(Kept.rows)
     learn.validate(cbs=in_memory())
     assert len(Kept.rows)==rows   # nothing is trained
+
+class Once(Callback):
+    "An interrupt in the first epoch of the second stage"
+    on = True
+    def after_batch(self):
+        if not Once.on or self.learn.checkpoint.stage!=1 or not self.training: return
+        Once.on = False
+        raise KeyboardInterrupt
+
+def in_memory_once(): return [Track(to_memory),Once()]
+
+def test_batches_after_an_interrupt_between_stages(path):
+    Kept.rows,Kept.closed,Kept.configs = [],0,[]
+    fields = dict(kw, epochs=3, stages=(dict(epochs=2),dict(epochs=1)), cbs=in_memory_once)
+    with pytest.raises(KeyboardInterrupt): animal.train(path, **fields)
+    n = Kept.configs[1][0]
+    from recipes.data.settings import setting
+    run = sorted(Path(setting('runs')).glob('animal/*/fold0'), key=lambda o: o.stat().st_mtime)[-1]
+    animal.train(resume=trackers_run(run))
+    assert [o for o,_ in Kept.configs]==[0,n,n] and max(o for o,_ in Kept.rows)==3*n//2
 
 def test_a_learner_without_a_run(path):
     Kept.rows = []

@@ -228,7 +228,7 @@ def make_dls(
 )->DataLoaders: # What a `Learner` wants
     "fastai `DataLoaders` from training and validation items"
     kw = dict(num_workers=workers, device=device, pin_memory=torch.device(device or 'cpu').type=='cuda')|kwargs
-    bs = min(bs, len(items[0]))
+    bs = min(bs, len(items[0]) if order is None else max(1, len(order)))
     if torch.device(device or 'cpu').type=='cpu': keep_freed()
     train = PictureDL(items[0], y=ys[0], bs=bs, shuffle=True, drop_last=True, order=order, soft=soft, **kw)
     return DataLoaders(train, PictureDL(items[1], y=ys[1], bs=2*bs, **kw), device=device)

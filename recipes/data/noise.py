@@ -12,11 +12,13 @@ KERNEL2 = ((10,1000.),*((15+5*j,100**(1-j/10)) for j in range(10)),(150,1.),(200
 
 def kernel2_noise(
     epoch:int, # From 0
-    n_epoch:int=400, # Not used
-    start:int=0 # Epochs before the fit
+    n_epoch:int=400, # Of the fit
+    start:int=0, # Epochs before the fit
+    of:int=None # Epochs that the kernel gives the fit: a shorter one has its course in proportion; None for epoch by epoch
 )->float: # K
     "The kernel's noise"
-    return next((k for until,k in KERNEL2 if epoch+start<until), KERNEL2[-1][1])
+    at = start+epoch*(of or n_epoch)/n_epoch
+    return next((k for until,k in KERNEL2 if at<until), KERNEL2[-1][1])
 
 def falling_noise(
     epoch:int, # From 0

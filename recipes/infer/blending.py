@@ -47,6 +47,7 @@ def aligned(
     "Predictions with the same rows, matched by id"
     shapes = {o.p.shape[1] for o in preds}
     if len(shapes)>1: raise ValueError(f'cannot blend: predictions have {", ".join(map(str, sorted(shapes)))} classes')
+    if any(o.table.vocab!=preds[0].table.vocab for o in preds): raise ValueError('cannot blend: the columns of the predictions are of different classes')
     if all(list(o.ids)==list(preds[0].ids) for o in preds): return list(preds)
     ids = [preds[0].ids[i] for i in shared_rows(preds)]
     return [part_of(o, pd.Index(o.ids).get_indexer(ids)) for o in preds]

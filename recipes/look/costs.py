@@ -55,9 +55,10 @@ class Cost:
         if self.fits: return []
         left,(h,w) = max(self.limit-self.predict, .05*self.limit),hw(self.recipe.size)
         share = left/(self.folds*self.fold)
-        n,epochs = int(left/self.fold),int(self.recipe.epochs*share)
+        n,lengths = int(left/self.fold),{sum(o.epochs for o in net.steps()) for _,net in nets_of(self.recipe)}-{0}
         some = [f'{n} of the {self.folds} folds: run_folds={tuple(range(n))}'] if n else []
-        if epochs>1: some.append(f'epochs={epochs} instead of {self.recipe.epochs}')
+        epochs = int(max(lengths, default=0)*share) if len(lengths)==1 else 0   # `epochs=` makes all networks equally long
+        if epochs>1: some.append(f'epochs={epochs} instead of {max(lengths)}')
         small = tuple(int(o*share**.5)//8*8 for o in (h, w))
         return some+([f'size={small} instead of {(h, w)}'] if min(small)>=32 else [])
 

@@ -113,6 +113,8 @@ def _method(run, d):
     return dict(task=task or run.parent.name, recipe=d['name'], changed=changed)
 
 # %% ../../nbs/64_recipes.look.record.ipynb #b4818346
+def _all_folds(run): return [o.parent for o in run.glob('round*/*/recipe.json')]
+
 def _noted(run):
     f = run/'note.json'
     d = _json(f) if f.exists() else {}
@@ -130,7 +132,8 @@ def row_of(
     except (ValueError, KeyError, TypeError) as e: row['state'] += f'; broken: {e}'
     if not good: return row
     scores,env = pd.Series([o['score'] for o in good if o['score'] is not None], dtype=float),good[0]['env']
-    times = dict(epochs=max(o['epochs'] for o in good), minutes=sum(o['seconds'] for o in good)/60, time=env.get('time'))
+    secs = sum(facts(o).get('seconds', 0) for o in _all_folds(run)) if (run/'rounds.json').exists() else sum(o['seconds'] for o in good)
+    times = dict(epochs=max(o['epochs'] for o in good), minutes=secs/60, time=env.get('time'))
     return row | times | dict(score=scores.mean(), std=scores.std(), folds=sum(o['state']=='done' for o in good),
         commit=env.get('commit') or None, command=_command(env.get('command', '')))
 

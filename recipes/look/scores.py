@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt, pandas as pd
 # %% ../../nbs/62_recipes.look.scores.ipynb #de682120
 def gaps(
     scores # Name -> `(hold-out, leaderboard)`, or a frame with these two columns
-)->pd.DataFrame: # `hold_out`, `leaderboard` and `gap`, the best on the leaderboard first
+)->pd.DataFrame: # `hold_out`, `leaderboard` and `gap`, the highest on the leaderboard first
     "Hold-out minus leaderboard of each entry"
     df = scores if isinstance(scores, pd.DataFrame) else pd.DataFrame.from_dict(scores, orient='index')
     if df.shape[1]!=2: raise ValueError(f'two scores an entry are needed, hold-out and leaderboard: there are {df.shape[1]}')

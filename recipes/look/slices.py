@@ -55,12 +55,13 @@ def training_counts(
     return res
 
 def traits_of(
-    o # A run, a learner, a path, or held-out `Predictions`
-)->pd.DataFrame: # A row a held-out picture
+    o, # A run, a learner, a path, or held-out `Predictions`
+    at=slice(None) # Which of the held-out pictures
+)->pd.DataFrame: # A row a picture
     "What pictures are like, how many labels they have, and how common their classes are"
     preds = held_out(o)
-    df = picture_traits(preds.table.train.iloc[preds.rows]).assign(trained_on=training_counts(preds))
-    return df.assign(labels=np.diff(preds.y.indptr)) if sparse.issparse(preds.y) else df
+    df = picture_traits(preds.table.train.iloc[preds.rows[at]]).assign(trained_on=training_counts(preds)[at])
+    return df.assign(labels=np.diff(preds.y.indptr)[at]) if sparse.issparse(preds.y) else df
 
 # %% ../../nbs/67b_recipes.look.slices.ipynb #01da0e34
 def quantile_bins(
@@ -105,17 +106,19 @@ def slice_scores(
     o, # A run, a learner, a path, or held-out `Predictions`
     bins:int=4, # Of each trait, at most
     n:int=200, # Draws of the bootstrap, and shuffles
-    seed:int=0 # Of both
+    seed:int=0, # Of both
+    most:int=None # Pictures at most, drawn at random
 )->pd.DataFrame: # `trait,slice,n,score,low,high,p`, first all rows; the interval is of 95 %
     "The metric on slices of the held-out pictures"
     preds = held_out(o)
-    y,labels,metric = preds.y,preds.labels,preds.competition.metric
+    at = np.sort(np.random.default_rng(0).permutation(len(preds))[:most])
+    y,labels,metric = preds.y[at],preds.labels[at],preds.competition.metric
     def score(rows): return float(metric(y[rows], labels[rows]))
     sign = 1 if preds.competition.higher else -1
-    cut = [(k,text,at) for k,v in traits_of(preds).items() for text,at in quantile_bins(v, bins).items()]
-    p = shuffled_p(lambda rows: sign*score(rows), [at for *_,at in cut], len(preds), n, seed) if cut else []
-    rows = [dict(trait=k, slice=text, **_row(score, at, n, seed), p=q) for (k,text,at),q in zip(cut, p)]
-    return pd.DataFrame([dict(trait='all', slice='', **_row(score, np.arange(len(preds)), n, seed), p=np.nan), *rows])
+    cut = [(k,text,o) for k,v in traits_of(preds, at).items() for text,o in quantile_bins(v, bins).items()]
+    p = shuffled_p(lambda rows: sign*score(rows), [o for *_,o in cut], len(at), n, seed) if cut else []
+    rows = [dict(trait=k, slice=text, **_row(score, o, n, seed), p=q) for (k,text,o),q in zip(cut, p)]
+    return pd.DataFrame([dict(trait='all', slice='', **_row(score, np.arange(len(at)), n, seed), p=np.nan), *rows])
 
 # %% ../../nbs/67b_recipes.look.slices.ipynb #ce30adf0
 def worst_slice(

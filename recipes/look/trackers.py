@@ -56,8 +56,9 @@ class Track(Callback):
 
     def after_fit(self):
         "Close it, and leave the count to the next stage"
+        self.learn.batches_done = self.done   # where a run goes on, the stages that were done train nothing and still count
         if self.log is None: return
-        self.learn.batches_done,self.log = self.done,None
+        self.log = None
         self.close()
 
 # %% ../../nbs/66_recipes.look.trackers.ipynb #0d9eb490

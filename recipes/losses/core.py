@@ -36,6 +36,16 @@ class Loss(nn.Module):
         "Told before training how common the classes are; most losses do not ask"
         return self
 
+    @property
+    def takes_step(self):
+        "Does a loss inside want the number of the batch? `TellStep` asks"
+        return any(getattr(o, 'takes_step', False) for o in [*self.modules()][1:])
+
+    @property
+    def takes_on(self):
+        "Does a loss inside want to know whether its weights count? `DeferWeights` asks"
+        return any(getattr(o, 'takes_on', False) for o in [*self.modules()][1:])
+
     def per_sample(self,
         raw:torch.Tensor, # Outputs; a tuple where a model has parts
         *y:torch.Tensor # Targets, as many as the data have

@@ -57,20 +57,22 @@ class PartsLoss(Loss):
 
     def per_sample(self,
         raw:tuple, # Logits of each part; then what the extra loss needs
-        y:torch.Tensor # Class indices, or `n x classes` shares
+        y:torch.Tensor, # Class indices, or `n x classes` shares
+        *more:torch.Tensor # Further targets of the loss of the parts
     )->torch.Tensor: # One value a picture
         "The sum of all parts"
-        each = sum(self.loss.per_sample(o, y) for o in self.outputs(raw))
+        each = sum(self.loss.per_sample(o, y, *more) for o in self.outputs(raw))
         if not self.extra: return each
         return each + self.weight*self.extra(raw[-1], y)*known(y, raw[0].shape[1])
 
     def reduce(self,
         each:torch.Tensor, # One value a picture
         raw:tuple, # Logits of each part; then what the extra loss needs
-        y:torch.Tensor # Class indices, or `n x classes` shares
+        y:torch.Tensor, # Class indices, or `n x classes` shares
+        *more:torch.Tensor # Further targets of the loss of the parts
     )->torch.Tensor: # One value
         "The mean of a batch as the loss of the parts takes it"
-        return self.loss.reduce(each, raw[0], y)
+        return self.loss.reduce(each, raw[0], y, *more)
 
     def activation(self,
         raw:torch.Tensor # Logits of one part

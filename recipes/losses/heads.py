@@ -55,11 +55,12 @@ class MultiHeadLoss(Loss):
 
     def per_sample(self,
         raw:torch.Tensor, # Outputs of all heads side by side
-        *y:torch.Tensor # Class indices, a tensor a head
+        *y:torch.Tensor # Class indices, a tensor a head; then what the losses of the heads ask for
     )->torch.Tensor: # One value a picture
         "The weighted sum over heads"
-        if len(y)!=len(self.weights): raise ValueError(f'{len(y)} targets for {len(self.weights)} heads')
-        return sum(w*f.per_sample(o, t) for w,f,o,t in zip(self.weights, self.losses, self.parts(raw), y))
+        n = len(self.weights)
+        if len(y)!=n+self.takes_step+self.takes_on and len(y)!=n: raise ValueError(f'{len(y)} targets for {n} heads')
+        return sum(w*f.per_sample(o, t, *y[n:]) for w,f,o,t in zip(self.weights, self.losses, self.parts(raw), y))
 
     def reduce(self,
         each:torch.Tensor, # One value a picture

@@ -25,7 +25,9 @@ from ..data.cache import PictureCache, affordable, nbytes_needed
 from ..data.folds import assign_folds, fold_rows
 from ..data.loaders import Arrays, Files, Items, denormalise, make_dls, show_pictures
 from ..data.settings import setting
+from ..data.targets import Identity
 from ..data.twins import twin_rows
+from ..data.whale_folds import id_folds
 from ..metrics import EpochMetric
 from ..models.backbone import norm_stats
 from ..models.heads import body_head, build, prior_bias
@@ -77,6 +79,12 @@ def _stats(recipe):
 def _tfms(recipe): return recipe.crop,recipe.augment
 def _workers(device): return setting('workers') if torch.device(device).type=='cuda' else 0
 
+# %% ../../nbs/72_recipes.recipe.build.ipynb #40d285c6
+def _folds_for(recipe):
+    "A number means folds by id where somebody is to be known again: the only picture of an id cannot be held out"
+    known = isinstance(recipe.competition.target, Identity) and isinstance(recipe.folds, int)
+    return partial(id_folds, n=recipe.folds) if known else recipe.folds
+
 # %% ../../nbs/72_recipes.recipe.build.ipynb #105490af
 def items_of(
     recipe, # A `Recipe`
@@ -88,6 +96,7 @@ def items_of(
     rows = range(len(frame)) if rows is None else rows
     return Items(pictures(frame, recipe), list(frame.id), list(rows), _tfms(recipe), hw(recipe.size), train)
 
+
 def folds_of(
     recipe, # A `Recipe`
     table # The `Table` as read
@@ -95,7 +104,7 @@ def folds_of(
     "The fold of each row, worked out once for a table"
     kept = vars(table).setdefault('_folds', {})
     key = json.dumps(encode(recipe.folds)),func_of(recipe.folds),recipe.seed   # a function that was edited is another one
-    if key not in kept: kept[key] = assign_folds(table, recipe.folds, recipe.seed)
+    if key not in kept: kept[key] = assign_folds(table, _folds_for(recipe), recipe.seed)
     return kept[key]
 
 def split(

@@ -129,7 +129,7 @@ def steps(self:Recipe)->list: # Recipes without stages
     "The recipe of each stage, in order"
     given = sum(o.get('epochs', 0) for o in self.stages)
     open_ = sum('epochs' not in o for o in self.stages)
-    left = max(1, (self.epochs-given)//max(1, open_))
+    left = max(1, (self.epochs-given)//max(1, open_)) if self.epochs else 0
     return [self.but(**dict(epochs=left)|o, stages=()) for o in self.stages] or [self]
 
 # %% ../../nbs/71_recipes.recipe.core.ipynb #48e3c827

@@ -16,7 +16,7 @@ from pathlib import Path
 from callbacks.checkpoint import write_whole
 from ..infer.blending import blend
 from ..data.arrays import score_array
-from ..infer.predictions import Predictions, save_scores
+from ..infer.predictions import Predictions, read_scores, save_scores
 from ..infer.tta import as_is
 from .build import folds_of, items_of, split
 from .clock import shared
@@ -114,6 +114,12 @@ def join_parts(
     return recipe.join(preds, table) if recipe.join else blend(preds)
 
 # %% ../../nbs/75_recipes.recipe.ensemble.ipynb #a4aa86c8
+def _begun(path, table, recipe):
+    "The recipe of folds that were begun, on the rows that there are now"
+    run = Run(path, table=table, modules=modules_of(recipe))
+    run.check_rows()
+    return run.recipe
+
 def run_folds(
     recipe, # A `Recipe`
     table, # The `Table` as read
@@ -125,7 +131,7 @@ def run_folds(
     "Train every fold of a recipe"
     folder = Path(folder or new_folder(recipe))
     old = sorted(folder.glob('*/recipe.json'))
-    if old: recipe = Run(old[0].parent, table=table, modules=modules_of(recipe)).recipe
+    if old: recipe = _begun(old[0].parent, table, recipe)
     folds = recipe.run_folds or range(folds_of(recipe, table).max()+1)
     if parallel>1: train_apart(recipe, table, folds, folder, prior, parallel, clock)
     runs = []
@@ -196,12 +202,24 @@ def test_scores(
     save_scores(learn.run.path, 'test', p, frame.id, kind=learn.target.kind)
     return np.load(learn.run.path/'test.npy', mmap_mode='r')
 
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #cd10f163
+def _kept_scores(run, frame):
+    "Test scores that training within a budget has written, if they are of these pictures"
+    if run is None or not (run.path/'test.npy').exists(): return None
+    p,about = read_scores(run.path, 'test')
+    return p if about['ids']==list(frame.id) else None
+
+def _scores_of(o, frame, tta, own, kept):
+    p = _kept_scores(_run(o), frame) if kept and own else None
+    return test_scores(_learner(o), frame, tta, own) if p is None else p
+
 # %% ../../nbs/75_recipes.recipe.ensemble.ipynb #af71cbd6
 def _opened(o): return o if isinstance(o, (Learner,Run)) else Run(o)
 def _learner(o): return o if isinstance(o, Learner) else o.learner()
 
-def _part_scores(run, test, tta):
-    preds = [predict_runs(o, test, tta) for o in parts_of(run)]
+
+def _part_scores(run, test, tta, kept):
+    preds = [predict_runs(o, test, tta, kept) for o in parts_of(run)]
     for o in preds:   # trained on all rows: there are values, and no held-out scores to be joined
         if not isinstance(o.oof, Predictions): o.oof = None
     return join_parts(run.recipe, preds, run.table).p
@@ -218,15 +236,16 @@ def _mean(arrays, n):
 def predict_runs(
     runs, # A learner, a run, a run's path, or a list of those
     test=None, # A folder, a list of files, or a frame with `id` and `path`; the test set by default
-    tta=True # The recipe's views, none, or a tuple of others
+    tta=True, # The recipe's views, none, or a tuple of others
+    kept:bool=False # Take scores of the test set that training has written (`budget=`, `test=True`), where there are any?
 )->Predictions: # Of the test pictures
     "Average the scores of runs, with the decision rule found on their out-of-fold predictions"
     runs = list(runs) if isinstance(runs, (list,tuple)) else [runs]
-    if any(isinstance(o, (list,tuple)) for o in runs): return blend([predict_runs(o, test, tta) for o in runs])
+    if any(isinstance(o, (list,tuple)) for o in runs): return blend([predict_runs(o, test, tta, kept) for o in runs])
     opened = [_opened(o) for o in runs]
     first,held = opened[0],[o for o in map(_run, opened) if o and o.done and o.fold!='all']
     frame = frame_of(first.table, test)
-    p = _mean((_part_scores(o, test, tta) if first.recipe.parts else test_scores(_learner(o), frame, tta, test is None and tta is True)
+    p = _mean((_part_scores(o, test, tta, kept) if first.recipe.parts else _scores_of(o, frame, tta, test is None and tta is True, kept)
         for o in opened), len(opened))
     oof = out_of_fold(held) if held else _oof_of(first)
     table = first.table if test is None else replace(first.table, sample=None)

@@ -21,7 +21,7 @@ from callbacks.resize import MultiScale, ProgressiveResize, hw
 from ..data.arrays import score_array
 from ..infer.tta import as_is
 from ..infer.predictions import save_scores
-from .build import dls_of, learner_of, loss_of, metrics_of, resizes, split
+from .build import dls_of, learner_of, loss_of, metrics_of, precision_of, resizes, split
 from .finding import found_lr
 from .folder import Run
 from .rows import save_rows
@@ -38,7 +38,7 @@ def stage_cbs(
     if step.clip: cbs.append(GradientClip(step.clip))
     if step.resize: cbs.append(ProgressiveResize(resizes(step)))
     if step.scales: cbs.append(MultiScale(step.scales))
-    if step.freeze: cbs.append(Freeze(step.freeze))
+    if step.freeze: cbs.append(Freeze(step.freeze, of=step.epochs))
     return cbs+(step.cbs() if step.cbs else [])
 
 # %% ../../nbs/74_recipes.recipe.fitting.ipynb #a1095180
@@ -67,6 +67,7 @@ def begin_stage(
     learn.dls = dls_of(step, learn.table, learn.run.fold, more)
     for j,dl in enumerate(learn.dls.loaders): dl.rng = random.Random(f'{step.seed} {i} {j}')
     learn.loss_func,learn.opt_func,learn.opt = loss_of(step, learn.table, learn.run.fold, more),step.opt,None
+    learn.precision.dtype = precision_of(step, learn.dls.device)
     learn.metrics = metrics_of(learn.recipe.competition, learn.table, learn.loss_func)
     if isinstance(learn.loss_func, nn.Module): learn.loss_func.to(learn.dls.device)
 
@@ -120,6 +121,7 @@ def fit_run(
     from recipes.recipe.budget import clock_of, ended, planned   # which needs the stages above
     for o in run.path.glob('.*.[0-9]*'): o.unlink()   # what a kill left half written
     for o in 'stopped.json','test.npy','test.json': (run.path/o).unlink(missing_ok=True)   # it goes on: what was predicted is not its last word
+    run.check_rows()
     state,recipe = run.last(),run.recipe
     first = state['cbs']['checkpoint']['stage'] if state else 0
     set_seed(recipe.seed)

@@ -8,7 +8,7 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.folder.html
 __all__ = ['libraries', 'environment', 'read_table', 'Run', 'name_of', 'new_folder', 'make_run']
 
 # %% ../../nbs/73_recipes.recipe.folder.ipynb #02091996
-import json, numpy as np, pandas as pd, platform, subprocess, sys, torch
+import json, numpy as np, os, pandas as pd, platform, subprocess, sys, torch
 from dataclasses import replace
 from datetime import datetime
 from fastcore.basics import patch
@@ -21,7 +21,7 @@ from ..data.settings import data_path, setting
 from ..infer.predictions import Predictions, read_scores
 from .build import learner_of
 from .core import from_json
-from .rows import read_rows
+from .rows import read_rows, rows_of_table
 
 # %% ../../nbs/73_recipes.recipe.folder.ipynb #761d5a8a
 libraries = 'torch','fastai','timm','albumentations','numpy','fastai-recipes'
@@ -45,6 +45,12 @@ def environment()->dict: # Plain values
 @lru_cache(maxsize=4)
 def _read(competition, path, stamp, skip_bad): return competition.read(Path(path), skip_bad=skip_bad)
 
+def _stamp(at):
+    "When the tables of a folder, and the folders in it, last changed"
+    inner = [o for d in (at, *(o for o in at.iterdir() if o.is_dir())) for o in os.scandir(d) if o.is_dir()]
+    tables = [o for o in os.scandir(at) if Path(o.path).suffix in ('.csv','.parquet','.npy','.txt','.json')]
+    return tuple(sorted((o.path, o.stat().st_mtime_ns) for o in (*inner, *tables))),at.stat().st_mtime_ns
+
 # %% ../../nbs/73_recipes.recipe.folder.ipynb #ac545d7c
 def read_table(
     competition, # Reads its files
@@ -55,8 +61,17 @@ def read_table(
     at = data_path(competition.name, competition.slug, path)
     if at is None and competition.sample is None: raise FileNotFoundError(f'{competition.name} has no sample: give its files by path=, or in settings.ini')
     if at is None: return replace(read_table(competition, competition.sample(), skip_bad), overrides=competition.sample_fields)
-    stamp = tuple((f.name, f.stat().st_mtime_ns) for f in sorted(Path(at).glob('*.csv')))
-    return _read(competition, str(at), stamp, skip_bad)
+    return _read(competition, str(at), _stamp(Path(at)), skip_bad)
+
+# %% ../../nbs/73_recipes.recipe.folder.ipynb #106d762b
+def _of_its_classes(path, table):
+    "A table, if its classes are those of the columns that the run predicts"
+    f = Path(path)/'classes.json'
+    if not f.exists() or f.read_text()==json.dumps(table.vocab): return table
+    a,b = (np.concatenate([np.atleast_1d(np.array(v, dtype=object)) for v in o] or [[]]) for o in (json.loads(f.read_text()), table.vocab))
+    at = next((i for i in range(min(len(a), len(b))) if a[i]!=b[i]), min(len(a), len(b)))
+    said = [f'{len(v)} classes, number {at+1} {v[at]!r}' if at<len(v) else f'{len(v)} classes' for v in (a, b)]
+    raise ValueError(f'{path} was trained on {said[0]}; the data in {table.path} have {said[1]}: give it the files that it was trained on')
 
 # %% ../../nbs/73_recipes.recipe.folder.ipynb #6fb1b400
 class Run:
@@ -71,7 +86,7 @@ class Run:
         if not (self.path/'recipe.json').exists(): raise FileNotFoundError(_not_a_run(self.path))
         self.recipe = recipe or from_json((self.path/'recipe.json').read_text(), modules)
         self.env = json.loads((self.path/'env.json').read_text())
-        if table is not None: self.table = table
+        if table is not None: self.table = _of_its_classes(self.path, table)
 
     def __repr__(self): return f'Run {self.path}: {"done" if self.done else "not finished"}'
     @property
@@ -90,7 +105,7 @@ class Run:
         comp,at = self.recipe.competition,self.env['data']
         if not at or not Path(at).is_dir(): at = data_path(comp.name, comp.slug)   # on another machine
         if at is None: raise FileNotFoundError(f'{self.path} was trained on {self.env["data"]}, which is not here: say in settings.ini where the files of {comp.name} are')
-        return read_table(comp, at, self.recipe.skip_bad)
+        return _of_its_classes(self.path, read_table(comp, at, self.recipe.skip_bad))
 
     @property
     def trained_on(self):
@@ -115,6 +130,15 @@ class Run:
     def score(self):
         "The metric on the held-out rows"
         return json.loads((self.path/'done.json').read_text())['score'] if self.done else None
+
+# %% ../../nbs/73_recipes.recipe.folder.ipynb #c4a76726
+@patch
+def check_rows(self:Run):
+    "Refuse to go on with other training rows than the run was begun with"
+    old,new = self.env.get('rows'),rows_of_table(self.table)
+    if old in (None, new): return
+    raise ValueError(f'{self.path} was begun with other training rows or labels than {self.table.path} has now, so what is held out would not be what was: '
+        'give back those files, or begin anew')
 
 # %% ../../nbs/73_recipes.recipe.folder.ipynb #07d31991
 @patch
@@ -155,7 +179,8 @@ def make_run(
     "A new run folder"
     path = Path(folder or new_folder(recipe))/name_of(fold)
     path.mkdir(parents=True, exist_ok=True)
-    env = dict(fold=fold, data=str(table.path.absolute()), seed=recipe.seed, **environment())
+    env = dict(fold=fold, data=str(table.path.absolute()), rows=rows_of_table(table), seed=recipe.seed, **environment())
+    write_whole(path/'classes.json', lambda f: f.write_text(json.dumps(table.vocab)))
     write_whole(path/'env.json', lambda f: f.write_text(json.dumps(env, indent=1)))
     write_whole(path/'recipe.json', lambda f: f.write_text(recipe.to_json()))
     return Run(path, recipe, table=table)

@@ -61,9 +61,9 @@ def train_cells(
         "BUDGET = '8h30m'          # the run ends within this time; None: when it is done\n" \
         'FIELDS = {}               # fields of the recipe to change: dict(size=256, weights=FOLDER)\nOUT = \'submission.csv\''
     run = 'from recipes.recipe.packed import data_of, recipe_in\nfrom recipes.recipe.task import train\n' \
-        'from recipes.recipe.tuned import predicted\nlimit = dict(budget=BUDGET) if BUDGET else {}\n' \
+        'from recipes.recipe.tuned import predicted\nlimit = dict(budget=BUDGET, test=True) if BUDGET else {}   # the test pictures too\n' \
         'learn = train(recipe_in(PACK), data_of(PACK, DATA), FOLD, **limit, **FIELDS)'
-    return ('md',about),('parameters',where),('code',FIND),('install',INSTALL),('code',run),('code','predicted(learn).submit(OUT)')
+    return ('md',about),('parameters',where),('code',FIND),('install',INSTALL),('code',run),('code','predicted(learn, kept=True).submit(OUT)')
 
 # %% ../../nbs/79c2_recipes.recipe.kernels.ipynb #6b06805e
 README = '''# {name}: a pack for an offline kernel

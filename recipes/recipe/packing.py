@@ -20,7 +20,7 @@ from .parallel import modules_of
 from .wheel import own_wheel, requirements
 
 # %% ../../nbs/79c3_recipes.recipe.packing.ipynb #225d4ed9
-KEPT = 'recipe.json','env.json','done.json','model.safetensors','valid.npy','valid.json','rows.npz'
+KEPT = 'recipe.json','env.json','done.json','classes.json','model.safetensors','valid.npy','valid.json','rows.npz'
 
 def _cleaned(name, d):
     "The content of a JSON file without what belongs to this machine"

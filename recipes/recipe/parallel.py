@@ -142,7 +142,8 @@ def _train_all(todo, recipe, table, folder, procs, clock=None):
     first = todo[0]
     while todo or procs.running:
         while todo and len(procs.running)<procs.parallel and not (procs.running and rates_open(recipe)):
-            turns = -(-(len(todo)+len(procs.running))//procs.parallel)
+            alone = rates_open(recipe) and bool(recipe.parts)   # until it ends: parts are looked for one after the other
+            turns = -(-(len(todo)+len(procs.running)-alone)//procs.parallel)+alone
             procs.start(fold_run(recipe, table, todo.pop(0), folder), _time(clock, turns))
         time.sleep(.2)
         procs.look()

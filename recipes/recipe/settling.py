@@ -20,9 +20,16 @@ def in_proportion(
     epochs:int # Of all stages together
 )->tuple: # Such dicts
     "Stages shortened or lengthened alike, an epoch each at least; those that leave their epochs open fill up what is left"
+    if not epochs: return tuple(o|dict(epochs=0) for o in stages)
     total = sum(o.get('epochs', 0) for o in stages)
     if not stages or any('epochs' not in o for o in stages): return stages
-    return tuple(o|dict(epochs=max(1, round(o['epochs']*epochs/total))) for o in stages)
+    return tuple(o|dict(epochs=max(1, round(o['epochs']*epochs/total)))|_frozen(o, epochs/total) for o in stages)
+
+def _frozen(stage, share):
+    "What trained the head alone still does, and what trained all groups in some epochs does in one at least"
+    old,freeze = stage['epochs'],stage.get('freeze')
+    new = max(1, round(old*share))
+    return dict(freeze=new if freeze>=old else min(max(1, round(freeze*share)), new-1)) if freeze else {}
 
 # %% ../../nbs/73a_recipes.recipe.settling.ipynb #9e60a74a
 def stretched(
@@ -59,9 +66,12 @@ def changed(
     if 'epochs' in fields:
         stages,share = in_proportion(stages, fields['epochs']),fields['epochs']/max(recipe.epochs, 1)
         stages = tuple(o|dict(schedule=stretched(o['schedule'], share)) if 'schedule' in o else o for o in stages)
-        fields = dict(schedule=stretched(recipe.schedule, share))|fields
+        fields = dict(schedule=stretched(recipe.schedule, share))|_frozen(dict(epochs=recipe.epochs, freeze=recipe.freeze), share)|fields
     if 'size' in fields: fields = dict(scales=beside(recipe.scales, recipe.size, fields['size']))|fields
-    rounds = tuple({k:v for k,v in o.items() if k not in inner}|(dict(parts=of(o['parts'])) if 'parts' in o else {}) for o in recipe.rounds)
+    def round_(o):
+        seed = dict(seed=o['seed']+inner['seed']-recipe.seed) if 'seed' in o and 'seed' in inner else {}   # rounds with seeds of their own keep them apart
+        return {k:v for k,v in o.items() if k not in inner}|(dict(parts=of(o['parts'])) if 'parts' in o else {})|seed
+    rounds = tuple(map(round_, recipe.rounds))
     keep = {} if recipe.epochs else dict(epochs=0)
     return recipe.but(**dict(stages=stages, rounds=rounds, parts=of(recipe.parts))|fields|keep)
 

@@ -35,8 +35,10 @@ def _no_fields(fields):
     check_names(fields)
     if fields: raise BadField(f'a resumed run keeps its own fields: leave out {", ".join(fields)}')
 
-def _resumed(resume, fields):
+def _resumed(resume, fields, path, fold):
     _no_fields(fields)
+    also = [k for k,on in dict(path=path is not None, fold=fold!=0).items() if on]
+    if also: raise BadField(f'a resumed run keeps its own data and fold: leave out {", ".join(also)}')
     return resume if isinstance(resume, Run) else Run(resume)
 
 # %% ../../nbs/76_recipes.recipe.task.ipynb #951f1d03
@@ -88,7 +90,7 @@ def train(
 ): # The trained fastai `Learner`, with its run as `.run`; a `Run` for a recipe of parts
     "Train a recipe on a fold: `lr_find`, fit, best weights, held-out predictions"
     clock = begin(budget, test)
-    if resume is not None: run = _resumed(resume, fields)
+    if resume is not None: run = _resumed(resume, fields, path, fold)
     else: run = make_run(*first_round(*settled(recipe, path, fields), None if fold=='all' else prior), fold)
     if run.recipe.parts: return run if run.done else fit_parts(run, _prior(prior), clock)
     return run.learner() if run.done else fit_run(run, _prior(prior), clock)

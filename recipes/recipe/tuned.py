@@ -28,10 +28,11 @@ def on_tuning(
 def predicted(
     runs, # A learner, a run, a run's path, or a list of those
     test=None, # A folder, a list of files, or a frame with `id` and `path`; the test set by default
-    tta=True # The recipe's views, none, or a tuple of others
+    tta=True, # The recipe's views, none, or a tuple of others
+    kept:bool=False # As for `predict_runs`
 )->Predictions: # With values from the tuning set where there is one, else from held-out rows
     "Scores of the test pictures, decided like the tuning set"
-    preds = predict_runs(runs, test, tta)
+    preds = predict_runs(runs, test, tta, kept)
     own = getattr(preds.table, 'tuning', None)
     if test is not None or own is None or preds.tune is None: return preds
     print(f'the decision rule is tuned on the {len(own)} pictures of the tuning set')
