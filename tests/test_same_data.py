@@ -44,7 +44,8 @@ def test_other_classes(files):
     assert Run(run.path).valid.score()==pytest.approx(run.score)
     first = run.table.vocab[0]
     edit(files, lambda rows: [o.replace(f',{first}', ',zz') for o in rows])
-    for call in (lambda: Run(run.path).learner(), lambda: Run(run.path).valid, lambda: predict_runs(run.path), lambda: Run(run.path, table=animal.table(files))):
+    opened = partial(Run, run.path)
+    for call in (lambda: opened().learner(), lambda: opened().valid, lambda: predict_runs(run.path), lambda: opened(table=animal.table(files))):
         with pytest.raises(ValueError, match=f"trained on .*number 1 '{first}'"): call()
 
 def test_blend_of_other_classes():
