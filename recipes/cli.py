@@ -47,9 +47,10 @@ def _cross_validate(words, opts):
 
 def _predict(words, opts):
     if not words: raise SystemExit(usage)
+    from recipes.recipe.effects import runs_of
     from recipes.recipe.tuned import predicted
     out = opts.pop('out', 'submission.csv')
-    print(f'{predicted([str(o) for o in words], **opts).submit(out)} written')
+    print(f'{predicted(runs_of([str(o) for o in words]), **opts).submit(out)} written')
 
 # %% ../nbs/90_recipes.cli.ipynb #e7bb7b79
 def _list(words, opts):

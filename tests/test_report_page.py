@@ -102,6 +102,7 @@ def test_names_do_not_run(runs, tmp_path):
     env = json.loads((own/'env.json').read_text())
     (own/'env.json').write_text(json.dumps(env|dict(command=EVIL[1], device=EVIL[2])))
     names = [f'{EVIL[i%4]}{i}' for i in range(len(run.table.vocab))]
+    (own/'classes.json').write_text(json.dumps(names))
     table = replace(run.table, names=names, vocab=names, train=run.table.train.assign(id=[f'<b>{o}' for o in run.table.train.id]))
     about = json.loads((own/'valid.json').read_text())
     (own/'valid.json').write_text(json.dumps(about|dict(ids=[f'<b>{o}' for o in about['ids']])))

@@ -151,3 +151,21 @@ def test_kept_scores(files):
     np.save(learn.run.path/'test.npy', kept+1)
     assert np.array_equal(predict_runs(learn, kept=True).p, kept+1)
     assert np.allclose(predict_runs(learn).p, kept, atol=1e-5)
+
+def test_one_fold_by_its_number(files): assert [o.fold for o in animal.cross_validate(files, run_folds=0, **tiny).runs]==[0]
+
+def test_predict_takes_the_folder_of_folds(files):
+    oof = animal.cross_validate(files, run_folds=(0,1), **tiny)
+    main(['predict', str(oof.runs[0].path.parent), '--out', 'all.csv'])
+    predict_runs(oof.runs).submit('same.csv')
+    assert Path('all.csv').read_text()==Path('same.csv').read_text()
+
+def test_batches_are_those_of_training():
+    "`dls` shows the rows that `train` makes of the table"
+    table = animal.table(sample('animal', 60))
+    shown,all_ = (animal.dls(table.path, **tiny|dict(data=o)) for o in (half,None))
+    assert len(shown.train.dataset)==len(all_.train.dataset)//2 and len(shown.valid.dataset)==len(all_.valid.dataset)
+
+def half(table, prior):
+    held = folds_of(animal.house.but(**{k:v for k,v in tiny.items()}), table)==0
+    return table.subset(np.sort(np.r_[np.flatnonzero(held), np.flatnonzero(~held)[::2]]))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from callbacks.resize import hw
 from ..infer.tta import class_scores
 from .rates import all_rates, nets_of, sizes_of
-from ..recipe.build import folds_of, split
+from ..recipe.build import split, trained_folds
 from ..recipe.finding import n_tried
 from ..recipe.settling import settled
 
@@ -104,7 +104,7 @@ def cost_of(
     held = len(split(recipe, table, 0)[1])
     parts = [fold_hours(o, r, held).assign(net=name) for name,o,r in zip(names, nets, rates)]
     parts = pd.concat([o for o in parts if len(o)] or [pd.DataFrame(columns=['train','load','predict','hours'])], ignore_index=True)
-    folds = len(recipe.run_folds or range(folds_of(recipe, table).max()+1))
+    folds = len(trained_folds(recipe, table))
     last = [(o, [*r.values()][-1]) for o,r in zip(nets, rates) if r]
     ahead = sum(len(o.tta)*(len(table.test)+(o.scorer is not class_scores)*r['epoch'])/r['predict'] for o,r in last)
     return Cost(recipe, parts, folds, parts.hours.sum(), folds*ahead/3600, peak_memory(), _device(), limit)

@@ -18,7 +18,7 @@ from ..infer.blending import blend
 from ..data.arrays import score_array
 from ..infer.predictions import Predictions, read_scores, save_scores
 from ..infer.tta import as_is
-from .build import folds_of, items_of, split
+from .build import items_of, split, trained_folds
 from .clock import shared
 from .core import from_json
 from .folder import Run, name_of, new_folder
@@ -132,7 +132,7 @@ def run_folds(
     folder = Path(folder or new_folder(recipe))
     old = sorted(folder.glob('*/recipe.json'))
     if old: recipe = _begun(old[0].parent, table, recipe)
-    folds = recipe.run_folds or range(folds_of(recipe, table).max()+1)
+    folds = trained_folds(recipe, table)
     if parallel>1: train_apart(recipe, table, folds, folder, prior, parallel, clock)
     runs = []
     for fold in folds:

@@ -47,6 +47,9 @@ def _begun(folder, path):
     files = sorted(Path(folder).glob('**/env.json'))
     return bool(files),path or (json.loads(files[0].read_text())['data'] if files else None)
 
+# %% ../../nbs/76_recipes.recipe.task.ipynb #00b3ee5c
+def _made(recipe, table): return recipe.data(table, None) if recipe.data else None   # the rows that `train` makes of the table
+
 # %% ../../nbs/76_recipes.recipe.task.ipynb #ffa852e4
 def table(
     recipe:Recipe, # Whose competition
@@ -56,6 +59,7 @@ def table(
     "Look at what was read"
     return read_table(recipe.competition, path, skip_bad)
 
+
 def dls(
     recipe:Recipe, # What to do with the pictures
     path=None, # As for `table`
@@ -64,7 +68,7 @@ def dls(
 ): # `DataLoaders`
     "fastai `DataLoaders` of a fold; `show_batch` shows what the model will see"
     recipe,table = settled(recipe, path, fields)
-    return dls_of(recipe.steps()[-1], table, fold)
+    return dls_of(recipe.steps()[-1], table, fold, _made(recipe, table))
 
 def learner(
     recipe:Recipe, # What to build
@@ -75,7 +79,7 @@ def learner(
 ): # A fastai `Learner`
     "An untrained fastai `Learner`"
     recipe,table = settled(recipe, path, fields)
-    return learner_of(recipe.steps()[-1], table, dls, fold)
+    return learner_of(recipe.steps()[-1], table, dls, fold, more=_made(recipe, table))
 
 # %% ../../nbs/76_recipes.recipe.task.ipynb #a3edaf29
 def train(
