@@ -58,7 +58,8 @@ def test_ends_from_scratch(opt, ends, monkeypatch):
 @pytest.mark.parametrize('read, lr', [(5.,1e-2),(2e-3,2e-3),(1e-6,1e-3)])
 def test_limits_are_no_warning(read, lr, monkeypatch, recwarn):
     "A rate outside the limits is taken back to them, and nobody is alarmed"
-    monkeypatch.setattr('callbacks.finder.suggest_lr', lambda *args: (max(read, args[5][0]),''))
+    monkeypatch.setattr('callbacks.finder.usable', lambda *args: (torch.logspace(-4, 0, 50),torch.linspace(2, 1, 50)))
+    monkeypatch.setattr(finding, 'below_minimum', lambda *args: (read,(0,0)))
     learn = animal.learner(**tiny)
     assert found_lr(learn, learn.recipe, True)==pytest.approx(lr)
     assert not [o for o in recwarn if 'lr_find' in str(o.message)]
