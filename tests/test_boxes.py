@@ -81,6 +81,7 @@ def test_frame_says_it_all():
     assert (boxed([yx]*3, df.drop(columns='mirrored'), margin=0)[1]==a[1][::-1,::-1]).all()
     bare = df[['id','width','height','turned']]
     assert (boxed([yx]*3, bare)[0]==yx).all() and (boxed([yx]*3, bare)[1]==yx[::-1,::-1]).all() and len(src)==3
+    assert boxed([yx]*3, bare, margin=.3, aspect=3, pad=True)[0].shape[:2]==(H,3*H)   # its shape is kept, without a margin
     assert all(o.flags['C_CONTIGUOUS'] for o in src)
 
 def test_mirror_after_crop_is_crop_after_mirror():

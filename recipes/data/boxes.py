@@ -106,7 +106,7 @@ def boxed(
     "Pictures of a frame cropped to its boxes"
     sizes = frame[['width','height']].to_numpy(float)
     if BOX[0] in frame: boxes = frame[list(BOX)].to_numpy(float)
-    else: boxes,kwargs = np.hstack([0*sizes, sizes]),dict(margin=0)
+    else: boxes,kwargs = np.hstack([0*sizes, sizes]),kwargs|dict(margin=0)
     return Boxed(pictures, boxes, sizes, steps=_steps(frame), **kwargs)
 
 # %% ../../nbs/28f_recipes.data.boxes.ipynb #ce8a8925
