@@ -26,9 +26,10 @@ clean:
 	rm -rf .cache _proc _docs build demo *.egg-info bench.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# What `test` is made of; nothing is written into the home folder
+# What `test` is made of; nothing is written into the home folder, nothing stays in the temporary one
+SHELL := bash
 cache := $(CURDIR)/.cache
-alone := PYTHONWARNINGS=ignore XDG_CACHE_HOME="$(cache)" MPLCONFIGDIR="$(cache)" FASTAI_HOME="$(cache)/fastai" IPYTHONDIR="$(cache)/ipython"
+alone := tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && TMPDIR="$$tmp" PYTHONWARNINGS=ignore XDG_CACHE_HOME="$(cache)" MPLCONFIGDIR="$(cache)" FASTAI_HOME="$(cache)/fastai" IPYTHONDIR="$(cache)/ipython"
 
 notebooks: .venv/.dev
 	$(alone) OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
