@@ -7,7 +7,8 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/callbacks.ema.html.md"""
 # %% auto #0
 __all__ = ['call_with', 'EMA', 'ema_weights']
 
-# %% ../nbs/14_callbacks.ema.ipynb #1ded1673
+# %% ../nbs/14_callbacks.ema.ipynb #bddc869d
+import torch
 from collections import deque
 from fastcore.basics import patch, store_attr
 from timm.utils import ModelEmaV3
@@ -33,15 +34,21 @@ def call_with(
         return f(*args, **kwargs)
     finally: deque(back, maxlen=0)   # `back` was made before: a signal may be handled after any call
 
-# %% ../nbs/14_callbacks.ema.ipynb #3179387e
+# %% ../nbs/14_callbacks.ema.ipynb #d9f7b8c4
 def _bare(model):
     model = get_model(model)   # out of `DistributedDataParallel`, then out of `torch.compile`
     return getattr(model, '_orig_mod', model)
 
 def _state(model): return model.state_dict(keep_vars=True).values()
+
+def _lay_out(avg, raw):
+    "Put the tensors of `avg` where those of `raw` are, stored alike: another layout rounds another way"
+    for a,r in zip(_state(avg), _state(raw)):
+        if (a.device,a.stride())!=(r.device,r.stride()): a.data = torch.empty_like(r).copy_(a)
+
 def _shapes(model): return [(k,v.shape) for k,v in model.state_dict().items()]
 
-# %% ../nbs/14_callbacks.ema.ipynb #77d9bde5
+# %% ../nbs/14_callbacks.ema.ipynb #c7d8f699
 class EMA(AroundForward):
     "Keeps a moving average of the model, and validates and predicts with it"
     order,changes_inference = 20,True   # after `Precision` has laid the weights out
@@ -84,8 +91,8 @@ class EMA(AroundForward):
         self.avg.update(self._raw, self.n_steps)   # the first step is copied whatever the decay
 
     def before_validate(self):
-        "Follow the model to its device, and wrap the forward"
-        if self.avg is not None: self.avg.module.to(next(self._raw.parameters()).device)
+        "Follow the model to its device and layout, and wrap the forward"
+        if self.avg is not None: _lay_out(self.avg.module, self._raw)
         super().before_validate()
 
     def around(self,

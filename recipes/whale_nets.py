@@ -17,6 +17,7 @@ from callbacks.annealing import annealed
 from callbacks.optim import adam
 from callbacks.own_sgd import OwnSGD
 from callbacks.schedule import cosine, steps
+from callbacks.swa import SWA
 from .data.augment import alb, none, squish
 from .data.boxes import boxed, larger
 from .data.fixtures import sample
@@ -65,9 +66,9 @@ def third_augment(
 
 third = Recipe(competition, 'third', '3rd place: ArcFace on a flattened map, mirrored whales are others', arch='densenet121', size=320,
     box=partial(boxed, margin=.15, jitter=(.077,.05)), twins=True, augment=third_augment, pool=KeepMap, head=pudae_head,
-    loss=partial(ArcFaceLoss, m=.5, s=65., twins='constant'), opt=partial(adam, wd=5e-4), lr=2.5e-4,
+    loss=partial(ArcFaceLoss, m=.5, s=65., twins='constant'), opt=partial(adam, wd=5e-4), lr=2.5e-4, ema=partial(SWA, share=10/300),
     schedule=partial(steps, at=(150,200), factor=.5), sampler=known, bs=32, epochs=300, folds=hold_pairs, tta=(as_is,hflip),
-    scorer=partial(by_retrieval, score='centre'), rule=partial(with_share, share=.276, steps=(with_twins,)), assumed=('epochs','schedule','augment','ema'))
+    scorer=partial(by_retrieval, score='centre'), rule=partial(with_share, share=.276, steps=(with_twins,)), assumed=('epochs','schedule','augment'))
 
 # %% ../nbs/83_recipes.whale_nets.ipynb #96ad3d01
 def masked_box(

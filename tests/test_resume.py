@@ -10,6 +10,7 @@ from callbacks import checkpoint
 from callbacks.ema import EMA
 from callbacks.mix import MixUp
 from callbacks.schedule import flat
+from callbacks.swa import SWA
 from recipes import imet
 from recipes.data.fixtures import draw_imet
 from recipes.infer.tta import as_is, random_view
@@ -103,7 +104,7 @@ def check_same(run, other):
     assert equal(load_file(run/'model.safetensors'), load_file(other/'model.safetensors'))
     last,want = stripped(Run(run).last()),stripped(Run(other).last())
     for o in set(want)-{'cbs'}: assert equal(last[o], want[o]), o
-    for o in 'ema','checkpoint','precision': assert equal(last['cbs'].get(o), want['cbs'].get(o)), o
+    for o in 'ema','swa','checkpoint','precision': assert equal(last['cbs'].get(o), want['cbs'].get(o)), o
     assert lines(run)==lines(other)
     assert np.array_equal(np.load(run/'valid.npy'), np.load(other/'valid.npy'))
 
@@ -142,6 +143,15 @@ def test_killed_bf16(path, done):
     run = kill(path, bf16, **kills['mid_batch'])
     train(path, bf16, run)
     check_same(run, done('bf16', bf16))
+
+@pytest.mark.parametrize('where', [kills['mid_batch'], kills['mid_validation'], dict(event='after_step', epoch=3, it=1)])
+def test_killed_while_averaging(path, done, where):
+    "The mean of the last three of four epochs, whose statistics are made from batches of the training loader"
+    fields = whole | dict(ema=partial(SWA, share=.75))
+    run = kill(path, fields, **where)
+    train(path, fields, run)
+    assert Run(run).last()['cbs']['swa']['n_steps']==3
+    check_same(run, done('swa', fields))
 
 def test_killed_after_found(path, done):
     "The rate that `lr_find` found is kept, and was drawn from no generator that the fit draws from"
