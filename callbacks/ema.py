@@ -34,19 +34,19 @@ def call_with(
         return f(*args, **kwargs)
     finally: deque(back, maxlen=0)   # `back` was made before: a signal may be handled after any call
 
-# %% ../nbs/14_callbacks.ema.ipynb #d9f7b8c4
+# %% ../nbs/14_callbacks.ema.ipynb #3179387e
 def _bare(model):
     model = get_model(model)   # out of `DistributedDataParallel`, then out of `torch.compile`
     return getattr(model, '_orig_mod', model)
 
 def _state(model): return model.state_dict(keep_vars=True).values()
+def _shapes(model): return [(k,v.shape) for k,v in model.state_dict().items()]
 
+# %% ../nbs/14_callbacks.ema.ipynb #c06a937e
 def _lay_out(avg, raw):
-    "Put the tensors of `avg` where those of `raw` are, stored alike: another layout rounds another way"
+    "Put the tensors of `avg` where those of `raw` are, stored alike"
     for a,r in zip(_state(avg), _state(raw)):
         if (a.device,a.stride())!=(r.device,r.stride()): a.data = torch.empty_like(r).copy_(a)
-
-def _shapes(model): return [(k,v.shape) for k,v in model.state_dict().items()]
 
 # %% ../nbs/14_callbacks.ema.ipynb #c7d8f699
 class EMA(AroundForward):

@@ -61,7 +61,7 @@ def three(
 tags_only = dict(epochs=8, loss=partial(OnlyGroup, group='tag', loss=BCELoss), lr=1e-3)
 both = three(data=enlarged, sampler=None, cbs=replays),three(data=enlarged, sampler=None, stages=(dict(epochs=20, cbs=replays),tags_only))
 first_rounds = (dict(parts=three()), dict(parts=three(data=clean, sampler=None, cbs=replays)),
-    dict(parts=both[0]+both[1], join=second_level, tune=partial(best_threshold, by_group=True), rule=partial(binarise, min_labels=1)))
+    dict(parts=both[0]+both[1], join=second_level, tune=partial(best_threshold, by_group=True)))
 first = first_net.but(name='first', about='1st place: clean, replayed, enlarged, tags apart, a second level', rounds=first_rounds)
 
 # %% ../nbs/80b_recipes.imet_rounds.ipynb #db939a68

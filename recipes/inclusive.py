@@ -55,7 +55,7 @@ def turned(
     return [alb.RandomRotate90(p=.45),alb.Rotate((-10,10), p=.45),alb.HorizontalFlip(p=.45),alb.VerticalFlip(p=.45)]
 
 softf2_stages = (dict(epochs=10, loss=BCELoss, schedule=one_cycle),
-    dict(epochs=20, loss=SoftF2Loss, lr=1e-4, schedule=partial(switch, to=sgd, to_lr=1e-2, patience=3)))
+    dict(epochs=20, loss=SoftF2Loss, lr=1e-4, schedule=partial(switch, to=partial(sgd, wd=1e-4), to_lr=1e-2, patience=3)))
 softf2 = Recipe(competition, 'softf2', 'ldong87: rare labels by rank, cross entropy and then soft F2', arch='resnet50', pretrained=False,
     log_odds=True, size=224, augment=turned, stats=((0.,)*3,(1.,)*3), scales=(192,224,256), sampler=partial(weighted, weight_of=rank_weight),
     opt=partial(adam, wd=1e-4), lr=1e-3, bs=64, accumulate=512, epochs=30, stages=softf2_stages, folds=few_of_each, tta=(as_is,hflip),

@@ -43,7 +43,7 @@ house = Recipe(competition, 'house', 'ArcFace, mirrored whales as others, neares
     resize=((0,.6),(.4,.8),(.7,1.)), box=partial(boxed, margin=.05), twins=True, augment=house_augment, head=CosineHead,
     loss=partial(ArcFaceLoss, m=.3, s=30., twins='mask'), opt=partial(adamw, wd=.01), lr=1e-3, schedule=one_cycle,
     sampler=partial(known, sampler=partial(at_least, k=4)), bs=32, epochs=40, folds=hold_one, tta=(as_is,hflip),
-    scorer=together, rule=with_unknown, tune=tune_map5)
+    scorer=together, rule=with_unknown, tune=partial(tune_map5, share=.276))
 house
 
 # %% ../nbs/83c_recipes.whale.ipynb #14fd6976

@@ -25,7 +25,9 @@ def test_opinions():
     "Against a softmax of whole rows, when all classes are kept; the greatest few else"
     p = np.random.RandomState(0).randn(5, 9)
     whole = torch.softmax(torch.tensor(3*p), 1).numpy()
-    np.testing.assert_allclose(opinions(p, 3., 50).toarray(), whole, rtol=1e-5)
+    np.testing.assert_allclose(opinions(p, 3., 50).toarray(), whole, atol=1e-5)
+    sure = opinions(np.array([[1.,.1,0]]), 100.).toarray()
+    assert 1-2e-5<sure.max()<1-1e-6 and sure.sum()==pytest.approx(1)   # `OpenLoss` takes what is 1 for a label
     few = opinions(p, 3., 2).toarray()
     assert ((few>0).sum(1)==2).all() and (few.argmax(1)==p.argmax(1)).all() and np.allclose(few.sum(1), 1)
 

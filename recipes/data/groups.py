@@ -19,7 +19,8 @@ def _groups(table, rows, least):
     groups = [np.flatnonzero(y==o).tolist() for o in np.unique(y[y<n])]
     groups = [o for o in groups if len(o)>=least]
     if len(groups)<2: raise ValueError(f'{len(groups)} ids have {least} or more training pictures: groups need two ids')
-    return groups,np.flatnonzero(y>=n).tolist()
+    plain = ~table.train.mirrored.to_numpy()[rows] if 'mirrored' in table.train else True   # nobody known is never mirrored
+    return groups,np.flatnonzero((y>=n)&plain).tolist()
 
 def _take(rng, group, k):
     "`k` of a group: all different, or each at least once"

@@ -31,9 +31,11 @@ def falling_noise(
 
 def short_noise(
     epoch:int, # From 0
-    n_epoch:int # Of the fit
+    n_epoch:int, # Of the fit
+    start:float=0., # Share of the training before the fit
+    end:float=1. # Share of the training at its end
 )->float: # K
-    "Random for a tenth, from 100 to 1 until the middle, then .5 and .25"
-    t = epoch/n_epoch
+    "Random for a tenth of the training, from 100 to 1 until the middle, then .5 and .25"
+    t = start+(end-start)*epoch/n_epoch
     if t<.1: return 1000.
     return 100**(1-(t-.1)/.4) if t<.5 else .5 if t<.75 else .25

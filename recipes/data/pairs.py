@@ -56,7 +56,7 @@ def other_pairs(
     used:np.ndarray=() # Pairs to avoid, `m x 2` positions
 )->np.ndarray: # `n x 2` positions, fewer where one id has more than half
     "The most alike pairs of different ids, each picture once first and once second"
-    cost = rng.random(scores.shape, dtype=np.float32)
+    cost = rng.random(scores.shape, dtype=np.float32) if k else np.zeros(scores.shape, np.float32)
     cost *= -k
     cost -= scores
     if len(used): cost[used[:,0],used[:,1]] = cost[used[:,1],used[:,0]] = USED
@@ -93,8 +93,8 @@ def round_others(
     epochs:int=5 # Of the round
 )->list: # `n x 2` positions for each epoch
     "`epoch_others` of epochs that share their scores"
-    if blocks==1:
-        whole = score(np.arange(len(y)))
+    if blocks==1:   # one matrix, noise and all
+        whole,k = score(np.arange(len(y)))+np.float32(k)*rng.random((len(y),)*2, dtype=np.float32),0
         def score(rows): return whole
     res = []
     for _ in range(epochs): res.append(epoch_others(score, y, k, rng, np.concatenate(res) if res else (), blocks))

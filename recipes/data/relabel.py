@@ -77,4 +77,8 @@ def distil(
     at,own = _places(table, predictions, 'distil')
     rest = np.setdiff1d(np.arange(len(table)), at)
     both = sparse.vstack([taught(table.y[at], np.asarray(predictions.p)[own], k, least), table.y[rest]], 'csr')
-    return replace(table, soft=both[np.argsort(np.concatenate([at, rest]))].astype(np.float32))
+    soft = both[np.argsort(np.concatenate([at, rest]))].astype(np.float32)
+    if table.mask is not None: soft = soft-soft.multiply(table.mask)+table.y.multiply(table.mask)   # what people said stays
+    soft = soft.tocsr()
+    soft.eliminate_zeros()
+    return replace(table, soft=soft.astype(np.float32))

@@ -26,7 +26,7 @@ def without_copies(
     predictions=None # Not used
 )->Table: # Fewer rows; `said` tells how many
     "One row of each picture, none of those with ids of two whales"
-    group,_ = find_copies(table)
+    group,asked = find_copies(table)
     ids = _ids(table.y, whales(table), group)
     n,y = ids.groupby('group').y.count(),ids.groupby('group').y.first()
     area = (table.train.width*table.train.height).to_numpy()
@@ -34,7 +34,9 @@ def without_copies(
     keep = np.sort(order.index[order.map(n).fillna(0)<2])
     said = f'{len(table)-len(keep):,} of {len(table):,} train rows left out: copies, and pictures with ids of two whales ({(n>1).sum():,})'
     label = pd.Series(group).map(y).fillna(len(table.vocab)).to_numpy(int)
-    return replace(replace(table, y=label).subset(keep), said=[*table.said,said])
+    same = table.train.id.groupby(group).agg('|'.join)   # so that a fold knows what it may not train on
+    train,test = (o.assign(copies=same.reindex(g).fillna('').to_numpy()) for o,g in ((table.train,group),(table.test,asked)))
+    return replace(replace(table, train=train, test=test, y=label).subset(keep), said=[*table.said,said])
 
 # %% ../../nbs/28i_recipes.data.same_ids.ipynb #847628ac
 def merge_ids(

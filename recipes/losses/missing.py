@@ -114,4 +114,5 @@ class PositiveLoss(BCELoss):
     )->torch.Tensor: # `n x classes`
         "Cross entropy of each class with labels weighted"
         if self.weights is None: raise ValueError('counts of the classes are not known: call `prepare(counts)` first')
-        return F.binary_cross_entropy_with_logits(raw, y, reduction='none', pos_weight=self.weights.to(raw.device))
+        weights = 1+(self.weights.to(raw.device)-1)*y   # of a soft label its share: `pos_weight` would move the minimum
+        return weights*F.binary_cross_entropy_with_logits(raw, y, reduction='none')

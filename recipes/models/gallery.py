@@ -41,6 +41,10 @@ class GalleryHead(nn.Module):
         if not ok.any(): raise ValueError(f'none of {len(y)} pictures for the gallery is of a known id')
         self.gallery,self.owners = v[ok],y[ok].to(v.device)
 
+    def forget(self):
+        "Keep nothing: the weights are others now"
+        self.gallery = self.owners = None
+
     def forward(self,
         x:torch.Tensor # What the pooling gave
     ): # For the loss in training; else scores, `n x n_out`

@@ -8,7 +8,7 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.build.html.
 __all__ = ['resizes', 'largest', 'pictures', 'trained_folds', 'items_of', 'folds_of', 'split', 'training', 'target_of', 'dls_of',
            'RecipeLearner', 'show_truth', 'model_of', 'precision_of', 'loss_of', 'metrics_of', 'learner_of']
 
-# %% ../../nbs/72_recipes.recipe.build.ipynb #3f0c2427
+# %% ../../nbs/72_recipes.recipe.build.ipynb #e7a172eb
 import json, numpy as np, scipy.sparse as sparse, torch
 from fastai.torch_core import default_device
 from dataclasses import replace
@@ -28,7 +28,9 @@ from ..data.settings import setting
 from ..data.targets import Identity
 from ..data.twins import twin_rows
 from ..data.whale_folds import id_folds
+from ..infer.mining import Renewed
 from ..metrics import EpochMetric
+from ..models.gallery import GalleryHead
 from ..models.backbone import norm_stats
 from ..models.heads import body_head, build, prior_bias
 from .codec import encode, func_of
@@ -79,13 +81,13 @@ def _stats(recipe):
 def _tfms(recipe): return recipe.crop,recipe.augment
 def _workers(device): return setting('workers') if torch.device(device).type=='cuda' else 0
 
-# %% ../../nbs/72_recipes.recipe.build.ipynb #40d285c6
+# %% ../../nbs/72_recipes.recipe.build.ipynb #2c426263
 def _folds_for(recipe):
     "A number means folds by id where somebody is to be known again: the only picture of an id cannot be held out"
     known = isinstance(recipe.competition.target, Identity) and isinstance(recipe.folds, int)
     return partial(id_folds, n=recipe.folds) if known else recipe.folds
 
-# %% ../../nbs/72_recipes.recipe.build.ipynb #e4f15282
+# %% ../../nbs/72_recipes.recipe.build.ipynb #dce356ed
 def trained_folds(
     recipe, # A `Recipe`
     table # The `Table` as read
@@ -95,7 +97,7 @@ def trained_folds(
     if isinstance(some, int): return some,
     return tuple(some or range(folds_of(recipe, table).max()+1))
 
-# %% ../../nbs/72_recipes.recipe.build.ipynb #105490af
+# %% ../../nbs/72_recipes.recipe.build.ipynb #c7dfe1fb
 def items_of(
     recipe, # A `Recipe`
     frame, # `train` or `test` of a table
@@ -116,6 +118,11 @@ def folds_of(
     if key not in kept: kept[key] = assign_folds(table, _folds_for(recipe), recipe.seed)
     return kept[key]
 
+# %% ../../nbs/72_recipes.recipe.build.ipynb #d734e5d0
+def _of(frame, held):
+    "Rows of held-out pictures, or of copies of them"
+    if 'copies' not in frame: return frame.id.isin(held).to_numpy()
+    return np.array([not held.isdisjoint(o.split('|')) for o in frame.copies], dtype=bool) | frame.id.isin(held).to_numpy()
 
 def split(
     recipe, # A `Recipe`
@@ -126,7 +133,7 @@ def split(
     "Training rows and held-out rows; no id is in both"
     train,held = fold_rows(folds_of(recipe, table), fold)
     if more is None: return train,held
-    return np.flatnonzero(~more.train.id.isin(table.train.id.iloc[held])),held
+    return np.flatnonzero(~_of(more.train, set(table.train.id.iloc[held]))),held
 
 # %% ../../nbs/72_recipes.recipe.build.ipynb #b7508201
 def training(
@@ -275,7 +282,7 @@ def metrics_of(
     if cols is None: return [EpochMetric(watch)]
     return [EpochMetric(partial(_of_columns, watch=watch, cols=cols.cpu().numpy()), func_of(comp.watch).__name__)]
 
-# %% ../../nbs/72_recipes.recipe.build.ipynb #fc57c4bb
+# %% ../../nbs/72_recipes.recipe.build.ipynb #95496346
 def learner_of(
     recipe, # A `Recipe`
     table, # The `Table` as read
@@ -290,5 +297,5 @@ def learner_of(
     model = model_of(recipe, table, bare).to(dls.device)
     loss = loss_of(recipe, table, fold, more)
     kw = dict(loss_func=loss, opt_func=recipe.opt, splitter=body_head, metrics=metrics_of(comp, table, loss))
-    learn = RecipeLearner(dls, model, recipe, table, cbs=[Precision(precision_of(recipe, dls.device))], **kw)
-    return show_progress(learn)
+    cbs = [Precision(precision_of(recipe, dls.device)), *([Renewed()] if isinstance(model.head, GalleryHead) else [])]
+    return show_progress(RecipeLearner(dls, model, recipe, table, cbs=cbs, **kw))

@@ -8,12 +8,14 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.ensemble.ht
 __all__ = ['out_of_fold', 'runs_in', 'run_fold', 'fit_parts', 'parts_of', 'join_parts', 'run_folds', 'run_rounds', 'frame_of',
            'test_scores', 'predict_runs']
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #800ef076
-import numpy as np, os, pandas as pd
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #8d042f3d
+import numpy as np, os, pandas as pd, torch
 from dataclasses import replace
 from fastai.learner import Learner
 from pathlib import Path
 from callbacks.checkpoint import write_whole
+from callbacks.ema import ema_weights
+from safetensors.torch import load_file
 from ..infer.blending import blend
 from ..data.arrays import score_array
 from ..infer.predictions import Predictions, read_scores, save_scores
@@ -55,7 +57,7 @@ def runs_in(
     "The runs of a folder of folds"
     rounds = sorted(Path(folder).glob('round[0-9]*'), key=lambda o: int(o.name[5:]))
     found = [Run(o.parent, modules=modules) for o in (rounds or [Path(folder)])[-1].glob('*/recipe.json')]
-    if not found: raise FileNotFoundError(f'{folder} has no runs in it: name the folder that `cross_validate` printed')
+    if not found: raise FileNotFoundError(f'{folder} is not a run and has no runs in it: name the folder that `train` or `cross_validate` printed')
     return sorted(found, key=lambda o: (o.fold=='all', o.fold))
 
 # %% ../../nbs/75_recipes.recipe.ensemble.ipynb #cff28596
@@ -81,7 +83,7 @@ def _check_held_out(recipe, table, fold):
         if not np.array_equal(held, other): raise ValueError(f'part {i} of {recipe.name} holds out other rows in fold {fold}: '
             f'{len(np.intersect1d(held, other))} of {len(held)} are the same. Give it the `folds` and `seed` of the whole')
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #d37208be
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #fa999ba0
 def fit_parts(
     run:Run, # New, or one that was stopped
     prior=None, # `Predictions` that a round starts from
@@ -104,7 +106,7 @@ def parts_of(
     kw = dict(table=run.table, modules=modules_of(run.recipe))
     return [Run(run.path/f'part{i}'/name_of(run.fold), **kw) for i in range(len(run.recipe.parts))]
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #e3f9045d
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #3b380ffc
 def join_parts(
     recipe, # Of the whole
     preds:list, # `Predictions` of its parts
@@ -113,7 +115,7 @@ def join_parts(
     "Predictions of parts as one: by the recipe's `join`, or their mean"
     return recipe.join(preds, table) if recipe.join else blend(preds)
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #a4aa86c8
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #d1f58f5d
 def _begun(path, table, recipe):
     "The recipe of folds that were begun, on the rows that there are now"
     run = Run(path, table=table, modules=modules_of(recipe))
@@ -202,7 +204,7 @@ def test_scores(
     save_scores(learn.run.path, 'test', p, frame.id, kind=learn.target.kind)
     return np.load(learn.run.path/'test.npy', mmap_mode='r')
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #cd10f163
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #4df5c4d2
 def _kept_scores(run, frame):
     "Test scores that training within a budget has written, if they are of these pictures"
     if run is None or not (run.path/'test.npy').exists(): return None
@@ -213,9 +215,16 @@ def _scores_of(o, frame, tta, own, kept):
     p = _kept_scores(_run(o), frame) if kept and own else None
     return test_scores(_learner(o), frame, tta, own) if p is None else p
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #af71cbd6
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #ade165b0
 def _opened(o): return o if isinstance(o, (Learner,Run)) else Run(o)
 def _learner(o): return o if isinstance(o, Learner) else o.learner()
+
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #cd1a6cd7
+def _moved(o):
+    "Was a learner trained on, so that the files of its run belong to other weights?"
+    if not isinstance(o, Learner) or o.run is None or not o.run.done: return False
+    saved = load_file(o.run.path/'model.safetensors')
+    return any(k not in saved or not torch.equal(v.cpu(), saved[k]) for k,v in ema_weights(o).items())
 
 
 def _part_scores(run, test, tta, kept):
@@ -232,7 +241,7 @@ def _mean(arrays, n):
     for o in arrays: total += o/n
     return total
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #e26246ab
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #299eb416
 def predict_runs(
     runs, # A learner, a run, a run's path, or a list of those
     test=None, # A folder, a list of files, or a frame with `id` and `path`; the test set by default
@@ -243,22 +252,27 @@ def predict_runs(
     runs = list(runs) if isinstance(runs, (list,tuple)) else [runs]
     if any(isinstance(o, (list,tuple)) for o in runs): return blend([predict_runs(o, test, tta, kept) for o in runs])
     opened = [_opened(o) for o in runs]
-    first,held = opened[0],[o for o in map(_run, opened) if o and o.done and o.fold!='all']
+    first,held = opened[0],[o for o in opened if (run := _run(o)) and run.done and run.fold!='all']
     frame = frame_of(first.table, test)
-    p = _mean((_part_scores(o, test, tta, kept) if first.recipe.parts else _scores_of(o, frame, tta, test is None and tta is True, kept)
+    moved = [o for o in opened if _moved(o)]
+    if moved: print(f'{len(moved)} of {len(opened)} learners were trained on after their run: held-out rows are predicted now, nothing is written')
+    own = test is None and tta is True
+    p = _mean((_part_scores(o, test, tta, kept) if first.recipe.parts else _scores_of(o, frame, tta, own and o not in moved, kept)
         for o in opened), len(opened))
-    oof = out_of_fold(held) if held else _oof_of(first)
+    oof = out_of_fold(list(map(_run, held)), [_held_now(o) if o in moved else _run(o).valid for o in held]) if held else _oof_of(first)
     table = first.table if test is None else replace(first.table, sample=None)
     recipe = first.recipe
     return Predictions(p, list(frame.id), table, recipe.competition, recipe.rule, recipe.tune, oof=oof)
 
-# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #b4fc89d8
+# %% ../../nbs/75_recipes.recipe.ensemble.ipynb #f8c2ba1a
 def _run(o): return o if isinstance(o, Run) else o.run
 
 def _oof_of(o):
     "A learner without a run predicts its held-out rows now; a run on all rows has values from elsewhere"
     run = _run(o)
-    if run: return run.source
+    return run.source if run else _held_now(o)
+
+def _held_now(o):
     rows = np.array(o.dls.valid.dataset.rows)
-    p,ids = o.recipe.scorer(o, o.dls.valid, o.recipe.tta),list(o.table.train.id.iloc[rows])
+    p,ids = o.recipe.scorer(o, o.dls.valid, _views(o, True)),list(o.table.train.id.iloc[rows])
     return Predictions(p, ids, o.table, o.recipe.competition, o.recipe.rule, o.recipe.tune, rows, np.zeros(len(rows), int))

@@ -7,12 +7,14 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.sure.html.m
 # %% auto #0
 __all__ = ['pseudo_labels']
 
-# %% ../../nbs/75c_recipes.recipe.sure.ipynb #d695c292
+# %% ../../nbs/75c_recipes.recipe.sure.ipynb #f2033515
+import numpy as np, pandas as pd
 from ..data.relabel import surest
 from ..infer.predictions import Predictions
 from .rounds import needs_prior, test_predictions, with_test
+from .tuned import on_tuning, tuned
 
-# %% ../../nbs/75c_recipes.recipe.sure.ipynb #2b07083f
+# %% ../../nbs/75c_recipes.recipe.sure.ipynb #77b63f09
 def pseudo_labels(
     table, # The `Table` as read, or changed by an earlier step
     predictions:Predictions, # Out-of-fold, with `.runs`
@@ -20,8 +22,10 @@ def pseudo_labels(
 ): # A `Table` with more training rows, whose `source` is 'pseudo'
     "Add the surest test pictures, labelled as predicted"
     if not getattr(predictions, 'runs', None): raise needs_prior('pseudo_labels')
-    test = test_predictions(predictions.runs)
-    rows = surest(test.p, share)
+    test = tuned(test_predictions(predictions.runs), lambda: on_tuning(predictions.runs))
+    own = getattr(table, 'tuning', None)
+    may = np.arange(len(test)) if own is None else np.flatnonzero(~pd.Index(test.ids).isin(own.train.id))   # those are to score with
+    rows = may[surest(test.p if own is None else test.p[may], share)]
     labels = test.decide()[rows]
     print(f'pseudo labels: {len(rows):,} of {len(test):,} test pictures, {labels.nnz/max(len(rows), 1):.2f} labels each')
     return with_test(table, rows, labels.astype('float32'))

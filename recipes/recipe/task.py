@@ -25,12 +25,25 @@ from .settling import first_round, settled
 from .searching import search
 from .tuned import predicted
 
-# %% ../../nbs/76_recipes.recipe.task.ipynb #a6918899
+# %% ../../nbs/76_recipes.recipe.task.ipynb #738845a2
 def _prior(prior):
     if prior is None or isinstance(prior, Predictions): return prior
     if isinstance(prior, (str,Path)): return out_of_fold(runs_in(prior))
     return out_of_fold([o if isinstance(o, Run) else Run(o) for o in prior])
 
+# %% ../../nbs/76_recipes.recipe.task.ipynb #4605270d
+def _same_round(prior, recipe):
+    "Where values for a network of the first round, on all rows, come from: that round"
+    if prior is None or not recipe.rounds: return prior
+    if isinstance(prior, (str,Path)): return Path(prior)/'round0' if (Path(prior)/'round0').is_dir() else prior
+    runs = prior.runs if isinstance(prior, Predictions) and getattr(prior, 'runs', None) else prior if isinstance(prior, list) else []
+    later = [o for o in map(_path, runs) if o.parent.name.startswith('round') and o.parent.name!='round0']
+    if later: raise ValueError(f'prior= is of a later round ({later[0]}), and what is trained on all rows is the first: give the folder {later[0].parent.parent/"round0"}')
+    return prior
+
+def _path(o): return o.path if isinstance(o, Run) else Path(o)
+
+# %% ../../nbs/76_recipes.recipe.task.ipynb #44a3a636
 def _no_fields(fields):
     check_names(fields)
     if fields: raise BadField(f'a resumed run keeps its own fields: leave out {", ".join(fields)}')
@@ -47,10 +60,10 @@ def _begun(folder, path):
     files = sorted(Path(folder).glob('**/env.json'))
     return bool(files),path or (json.loads(files[0].read_text())['data'] if files else None)
 
-# %% ../../nbs/76_recipes.recipe.task.ipynb #00b3ee5c
+# %% ../../nbs/76_recipes.recipe.task.ipynb #acd1a95b
 def _made(recipe, table): return recipe.data(table, None) if recipe.data else None   # the rows that `train` makes of the table
 
-# %% ../../nbs/76_recipes.recipe.task.ipynb #ffa852e4
+# %% ../../nbs/76_recipes.recipe.task.ipynb #a6562cca
 def table(
     recipe:Recipe, # Whose competition
     path=None, # The folder; settings, kernel input or the built-in sample by default
@@ -81,7 +94,7 @@ def learner(
     recipe,table = settled(recipe, path, fields)
     return learner_of(recipe.steps()[-1], table, dls, fold, more=_made(recipe, table))
 
-# %% ../../nbs/76_recipes.recipe.task.ipynb #a3edaf29
+# %% ../../nbs/76_recipes.recipe.task.ipynb #7689761a
 def train(
     recipe:Recipe, # The method
     path=None, # As for `table`
@@ -95,7 +108,10 @@ def train(
     "Train a recipe on a fold: `lr_find`, fit, best weights, held-out predictions"
     clock = begin(budget, test)
     if resume is not None: run = _resumed(resume, fields, path, fold)
-    else: run = make_run(*first_round(*settled(recipe, path, fields), None if fold=='all' else prior), fold)
+    else:
+        new,table = settled(recipe, path, fields)
+        if fold=='all': prior = _same_round(prior, new)
+        run = make_run(*first_round(new, table, None if fold=='all' else prior), fold)
     if run.recipe.parts: return run if run.done else fit_parts(run, _prior(prior), clock)
     return run.learner() if run.done else fit_run(run, _prior(prior), clock)
 
