@@ -43,7 +43,11 @@ from .whale_nets import competition, masked_box, zero_one
 # %% ../nbs/83b_recipes.whale_pairs.ipynb #c923133a
 class OnMean(alb.Affine):
     "`Affine` on a ground of the picture's mean"
-    def apply(self, img, **params):
+    def apply(self,
+        img:np.ndarray, # Height x width x channels, uint8
+        **params
+    )->np.ndarray: # Alike
+        "Move the picture's distance from its mean"
         mean = img.mean(dtype=np.float64)
         moved = super().apply(img.astype(np.float32)-np.float32(mean), **params)   # on 0
         return np.clip(np.rint(moved+np.float32(mean)), 0, 255).astype(img.dtype)

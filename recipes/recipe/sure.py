@@ -12,7 +12,7 @@ import numpy as np, pandas as pd
 from ..data.relabel import surest
 from ..infer.predictions import Predictions
 from .rounds import needs_prior, test_predictions, with_test
-from .tuned import on_tuning, tuned
+from .tuned import like_tuning, on_tuning
 
 # %% ../../nbs/75c_recipes.recipe.sure.ipynb #77b63f09
 def pseudo_labels(
@@ -22,7 +22,7 @@ def pseudo_labels(
 ): # A `Table` with more training rows, whose `source` is 'pseudo'
     "Add the surest test pictures, labelled as predicted"
     if not getattr(predictions, 'runs', None): raise needs_prior('pseudo_labels')
-    test = tuned(test_predictions(predictions.runs), lambda: on_tuning(predictions.runs))
+    test = like_tuning(test_predictions(predictions.runs), lambda: on_tuning(predictions.runs))
     own = getattr(table, 'tuning', None)
     may = np.arange(len(test)) if own is None else np.flatnonzero(~pd.Index(test.ids).isin(own.train.id))   # those are to score with
     rows = may[surest(test.p if own is None else test.p[may], share)]
