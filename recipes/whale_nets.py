@@ -18,6 +18,7 @@ from callbacks.optim import adam
 from callbacks.own_sgd import OwnSGD
 from callbacks.schedule import cosine, steps
 from callbacks.swa import SWA
+from .data.alignment import aligned
 from .data.augment import alb, none, squish
 from .data.boxes import boxed, larger
 from .data.fixtures import sample
@@ -65,10 +66,10 @@ def third_augment(
     return [move,alb.GaussNoise(std_range=(.01,.05), p=.5),alb.Blur((3,3), p=.5),alb.ToGray(p=.5),light]
 
 third = Recipe(competition, 'third', '3rd place: ArcFace on a flattened map, mirrored whales are others', arch='densenet121', size=320,
-    box=partial(boxed, margin=.15, jitter=(.077,.05)), twins=True, augment=third_augment, pool=KeepMap, head=pudae_head,
+    box=partial(aligned, share=.5, margin=.15, jitter=(.077,.05)), twins=True, augment=third_augment, pool=KeepMap, head=pudae_head,
     loss=partial(ArcFaceLoss, m=.5, s=65., twins='constant'), opt=partial(adam, wd=5e-4), lr=2.5e-4, ema=partial(SWA, share=10/300),
     schedule=partial(steps, at=(150,200), factor=.5), sampler=known, bs=32, epochs=300, folds=hold_pairs, tta=(as_is,hflip),
-    scorer=partial(by_retrieval, score='centre'), rule=partial(with_share, share=.276, steps=(with_twins,)), assumed=('epochs','schedule','augment'))
+    scorer=partial(by_retrieval, score='centre'), rule=partial(with_share, share=.276, steps=(with_twins,)), assumed=('epochs','schedule','augment','tta'))
 
 # %% ../nbs/83_recipes.whale_nets.ipynb #96ad3d01
 def masked_box(
@@ -156,7 +157,7 @@ def pad_crop(
     more = [alb.PadIfNeeded(*(round(o*9/8) for o in size), position='random'),alb.RandomCrop(*size)]
     return [*squish(size),*(more if train else [])]
 
-fifteenth = Recipe(competition, 'fifteenth', '15th place: SphereFace on four stages', arch='resnext50_32x4d', size=512, box=boxed,
+fifteenth = Recipe(competition, 'fifteenth', '15th place: SphereFace on four stages', arch='resnext50_32x4d', size=512, box=aligned,
     crop=pad_crop, augment=none, wrap=Stages, pool=EachPool, head=partial(CosineHead, length=True), loss=SphereFaceLoss,
     opt=adam, lr=1e-4, schedule=partial(annealed, schedule=cosine), sampler=partial(known, sampler=partial(at_least, k=20)), bs=32,
     epochs=50, folds=hold_one, tta=(as_is,), scorer=by_retrieval, rule=with_unknown, tune=tune_map5,
