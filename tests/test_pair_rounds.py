@@ -1,6 +1,7 @@
 "Pairs over stages and rounds: one course of noise, pictures of pseudo labels, copies kept out, a gallery that is not of older weights"
 import random
 import numpy as np, pandas as pd, pytest
+from callbacks.checkpoint import load_weights
 from functools import partial
 from types import SimpleNamespace
 from recipes import whale
@@ -11,6 +12,7 @@ from recipes.data.pairs import other_pairs, round_others
 from recipes.data.same_ids import without_copies
 from recipes.data.twins import twin_rows
 from recipes.infer.mining import Gallery, Pairs
+from recipes.infer.tta import class_scores
 from recipes.recipe.build import split
 from recipes.recipe.rows import read_rows, save_rows
 from recipes.recipe.rounds import with_test
@@ -143,4 +145,7 @@ def test_no_gallery_of_older_weights(path):
         before = learn.validate()
         learn.fit(1, 1e-2)
         assert learn.validate()[0]!=before[0]
+        load_weights(learn.model, learn.run.path/'model.safetensors')
+        assert learn.validate()==before
+    assert np.isfinite(class_scores(learn, learn.dls.valid)).all() and learn.model.head.gallery is None   # nor is one left by scoring
     np.testing.assert_allclose(whale.predict(again).p, whale.predict(learn.run).p, atol=1e-5)
