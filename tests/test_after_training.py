@@ -1,6 +1,7 @@
 "What is predicted, decided and gone on with after training: by weights that are there, with values that are theirs"
 import shutil
 import numpy as np, pandas as pd, pytest, torch
+from dataclasses import replace
 from functools import partial
 from recipes import imet, inclusive
 from recipes.data.fixtures import sample
@@ -11,6 +12,7 @@ from recipes.infer.search import best_threshold
 from recipes.infer.tta import as_is, class_scores
 from recipes.losses.f2 import SoftF2Loss
 from recipes.losses.missing import PositiveLoss
+from recipes.recipe import tuned
 from recipes.recipe.core import BadField
 from recipes.recipe.ensemble import out_of_fold
 from recipes.recipe.folder import Run
@@ -71,6 +73,16 @@ def test_a_run_decides_as_predict_does(wild):
     assert got.oof.ids==own.train.id.tolist() and set(got.oof.ids)<=set(got.ids)
     again = inclusive.predict(learn, test=own.train)
     np.testing.assert_allclose(got.oof.p, again.p, atol=1e-5)
+
+def test_scores_of_a_run_need_no_pictures(wild, monkeypatch):
+    "Where the tuning pictures are not among the test pictures they are predicted when values are asked for, and not before"
+    run = inclusive.train(wild, **wide).run
+    inclusive.predict(run)
+    own,asked = run.table.tuning,[]
+    monkeypatch.setattr(tuned, 'on_tuning', lambda o: asked.append(o) or o.valid)
+    run.table = replace(run.table, tuning=replace(own, train=own.train.assign(id='x'+own.train.id)))
+    assert len(run.test.p) and not asked
+    assert run.test.values==run.valid.found() and asked
 
 def test_pseudo_labels_leave_the_tuning_set(wild, capsys):
     learn = inclusive.train(wild, **wide)

@@ -4,32 +4,16 @@ from callbacks.ema import ema_weights
 from callbacks.swa import SWA, fresh_stats
 from functools import partial
 from fastai.callback.core import Callback
-from fastai.callback.schedule import Learner
-from fastai.data.core import DataLoaders
-from fastai.losses import CrossEntropyLossFlat
 from recipes import animal, whale
 from recipes.data.fixtures import sample
 from recipes.recipe.folder import Run
+from test_ema import assert_same, learner, state
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
-
-def learner(*cbs, **kwargs):
-    torch.manual_seed(0)
-    x = torch.randn(64, 6)
-    items = list(zip(x, (x[:,0]>0).long()))
-    dls = DataLoaders.from_dsets(items[:48], items[48:], bs=16, device=torch.device('cpu'), num_workers=0)
-    dls.train.rng.seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
-    return Learner(dls, model, CrossEntropyLossFlat(), cbs=cbs, **kwargs)
 
 def fit(learn, n=4):
     with learn.no_logging(): learn.fit(n, .1)
     return learn
-
-def state(learn): return {k:v.clone() for k,v in learn.model.state_dict().items()}
-def assert_same(a, b):
-    assert a.keys()==b.keys()
-    for k,v in a.items(): assert torch.equal(v, b[k]), k
 
 class Ends(Callback):
     "The raw model at each epoch's end, and the state of everything random"

@@ -119,7 +119,7 @@ def folds_of(
     return kept[key]
 
 # %% ../../nbs/72_recipes.recipe.build.ipynb #d734e5d0
-def _of(frame, held):
+def _seen_in(frame, held):
     "Rows of held-out pictures, or of copies of them"
     if 'copies' not in frame: return frame.id.isin(held).to_numpy()
     return np.array([not held.isdisjoint(o.split('|')) for o in frame.copies], dtype=bool) | frame.id.isin(held).to_numpy()
@@ -133,7 +133,7 @@ def split(
     "Training rows and held-out rows; no id is in both"
     train,held = fold_rows(folds_of(recipe, table), fold)
     if more is None: return train,held
-    return np.flatnonzero(~_of(more.train, set(table.train.id.iloc[held]))),held
+    return np.flatnonzero(~_seen_in(more.train, set(table.train.id.iloc[held]))),held
 
 # %% ../../nbs/72_recipes.recipe.build.ipynb #b7508201
 def training(

@@ -223,7 +223,8 @@ def predictions(self:Run,
     kw = dict(table=self.table, competition=self.recipe.competition, rule=self.recipe.rule, tune=self.recipe.tune)
     if name!='valid':
         from recipes.recipe.tuned import like_tuning, on_tuning   # which needs what is above
-        return like_tuning(Predictions(p, about['ids'], oof=self.source, **kw), lambda: on_tuning(self))
+        later = SimpleNamespace(found=lambda: on_tuning(self).found())   # scores alone need no pictures
+        return like_tuning(Predictions(p, about['ids'], oof=self.source, **kw), lambda: Predictions(p, about['ids'], oof=later, **kw))
     rows = pd.Index(self.table.train.id).get_indexer(about['ids'])
     gone = [i for i,o in zip(about['ids'], rows) if o<0]
     if gone: raise ValueError(f'{self.path}: {len(gone)} of {len(rows)} held-out pictures are no longer among the training pictures, such as {gone[0]}: give back the files that it was trained on')

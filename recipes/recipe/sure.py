@@ -7,14 +7,15 @@ Docs: https://fastai-recipes.github.io/fastai-recipes/recipes.recipe.sure.html.m
 # %% auto #0
 __all__ = ['pseudo_labels']
 
-# %% ../../nbs/75c_recipes.recipe.sure.ipynb #f2033515
+# %% ../../nbs/75c_recipes.recipe.sure.ipynb #73745375
 import numpy as np, pandas as pd
 from ..data.relabel import surest
 from ..infer.predictions import Predictions
+from ..infer.tuning import tuned_on
 from .rounds import needs_prior, test_predictions, with_test
 from .tuned import like_tuning, on_tuning
 
-# %% ../../nbs/75c_recipes.recipe.sure.ipynb #77b63f09
+# %% ../../nbs/75c_recipes.recipe.sure.ipynb #f41381f4
 def pseudo_labels(
     table, # The `Table` as read, or changed by an earlier step
     predictions:Predictions, # Out-of-fold, with `.runs`
@@ -22,7 +23,8 @@ def pseudo_labels(
 ): # A `Table` with more training rows, whose `source` is 'pseudo'
     "Add the surest test pictures, labelled as predicted"
     if not getattr(predictions, 'runs', None): raise needs_prior('pseudo_labels')
-    test = like_tuning(test_predictions(predictions.runs), lambda: on_tuning(predictions.runs))
+    test = test_predictions(predictions.runs)
+    test = like_tuning(test, lambda: tuned_on(test, on_tuning(predictions.runs)))
     own = getattr(table, 'tuning', None)
     may = np.arange(len(test)) if own is None else np.flatnonzero(~pd.Index(test.ids).isin(own.train.id))   # those are to score with
     rows = may[surest(test.p if own is None else test.p[may], share)]

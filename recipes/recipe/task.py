@@ -25,23 +25,15 @@ from .settling import first_round, settled
 from .searching import search
 from .tuned import predicted
 
-# %% ../../nbs/76_recipes.recipe.task.ipynb #738845a2
-def _prior(prior):
-    if prior is None or isinstance(prior, Predictions): return prior
-    if isinstance(prior, (str,Path)): return out_of_fold(runs_in(prior))
-    return out_of_fold([o if isinstance(o, Run) else Run(o) for o in prior])
-
-# %% ../../nbs/76_recipes.recipe.task.ipynb #4605270d
-def _same_round(prior, recipe):
-    "Where values for a network of the first round, on all rows, come from: that round"
-    if prior is None or not recipe.rounds: return prior
-    if isinstance(prior, (str,Path)): return Path(prior)/'round0' if (Path(prior)/'round0').is_dir() else prior
-    runs = prior.runs if isinstance(prior, Predictions) and getattr(prior, 'runs', None) else prior if isinstance(prior, list) else []
-    later = [o for o in map(_path, runs) if o.parent.name.startswith('round') and o.parent.name!='round0']
+# %% ../../nbs/76_recipes.recipe.task.ipynb #14c71827
+def _prior(prior, first=False):
+    "Out-of-fold predictions; with `first` those of the first round"
+    if prior is None: return None
+    if isinstance(prior, (str,Path)): prior = runs_in(Path(prior)/'round0' if first and (Path(prior)/'round0').is_dir() else prior)
+    if not isinstance(prior, Predictions): prior = out_of_fold([o if isinstance(o, Run) else Run(o) for o in prior])
+    later = [o.path for o in getattr(prior, 'runs', ()) if first and o.path.parent.name.startswith('round') and o.path.parent.name!='round0']
     if later: raise ValueError(f'prior= is of a later round ({later[0]}), and what is trained on all rows is the first: give the folder {later[0].parent.parent/"round0"}')
     return prior
-
-def _path(o): return o.path if isinstance(o, Run) else Path(o)
 
 # %% ../../nbs/76_recipes.recipe.task.ipynb #44a3a636
 def _no_fields(fields):
@@ -94,7 +86,7 @@ def learner(
     recipe,table = settled(recipe, path, fields)
     return learner_of(recipe.steps()[-1], table, dls, fold, more=_made(recipe, table))
 
-# %% ../../nbs/76_recipes.recipe.task.ipynb #7689761a
+# %% ../../nbs/76_recipes.recipe.task.ipynb #34f4b86a
 def train(
     recipe:Recipe, # The method
     path=None, # As for `table`
@@ -107,13 +99,14 @@ def train(
 ): # The trained fastai `Learner`, with its run as `.run`; a `Run` for a recipe of parts
     "Train a recipe on a fold: `lr_find`, fit, best weights, held-out predictions"
     clock = begin(budget, test)
-    if resume is not None: run = _resumed(resume, fields, path, fold)
+    if resume is not None: run,prior = _resumed(resume, fields, path, fold),_prior(prior)
     else:
         new,table = settled(recipe, path, fields)
-        if fold=='all': prior = _same_round(prior, new)
-        run = make_run(*first_round(new, table, None if fold=='all' else prior), fold)
-    if run.recipe.parts: return run if run.done else fit_parts(run, _prior(prior), clock)
-    return run.learner() if run.done else fit_run(run, _prior(prior), clock)
+        step = first_round(new, table, None if fold=='all' else prior)
+        prior = _prior(prior, fold=='all' and bool(new.rounds))
+        run = make_run(*step, fold)
+    if run.recipe.parts: return run if run.done else fit_parts(run, prior, clock)
+    return run.learner() if run.done else fit_run(run, prior, clock)
 
 def cross_validate(
     recipe:Recipe, # The method

@@ -38,13 +38,13 @@ def among(
 
 def like_tuning(
     preds:Predictions, # Of the test pictures
-    again # `again()`: predictions of the tuning pictures, where they are not among these
+    again # `again()`: what to do where the tuning pictures are not among these
 )->Predictions: # The same scores
     "Test predictions, decided like the tuning set where there is one"
     own = getattr(preds.table, 'tuning', None)
     if own is None or preds.tune is None: return preds
     few = among(preds, own)
-    return tuned_on(preds, again() if few is None else few)
+    return again() if few is None else tuned_on(preds, few)
 
 def predicted(
     runs, # A learner, a run, a run's path, or a list of those
@@ -57,4 +57,4 @@ def predicted(
     own = getattr(preds.table, 'tuning', None)
     if test is not None or own is None or preds.tune is None: return preds
     print(f'the decision rule is tuned on the {len(own)} pictures of the tuning set')
-    return like_tuning(preds, lambda: on_tuning(runs, tta))
+    return like_tuning(preds, lambda: tuned_on(preds, on_tuning(runs, tta)))
